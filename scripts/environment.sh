@@ -1,0 +1,41 @@
+# Sourced by run.sh and test.sh: sets $python to an interpreter that has the requirement files named in its arguments.
+# An active environment that already has torch is used, and torch in it is left alone; otherwise .venv is made and kept.
+
+environment() {
+    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python -c 'import torch' 2>/dev/null; then
+        python=python
+    else
+        python=.venv/bin/python
+        [ -x "$python" ] || new_environment || exit 1
+    fi
+    local wanted stamp
+    stamp="$("$python" -c 'import sys; print(sys.prefix)')/.gpt2-requirements"
+    wanted="$(cat "$@" | cksum)"
+    grep -qxF "$wanted" "$stamp" 2>/dev/null && return
+    echo "installing $* (once)"
+    local files=()
+    for file in "$@"; do
+        if [ "$python" = python ]; then
+            grep -v '^torch==' "$file" >"${TMPDIR:-/tmp}/$$.$file"
+            files+=(-r "${TMPDIR:-/tmp}/$$.$file")
+        else
+            files+=(-r "$file")
+        fi
+    done
+    "$python" -m pip install --quiet --disable-pip-version-check "${files[@]}" || exit 1
+    rm -f "${TMPDIR:-/tmp}/$$."requirements*.txt
+    echo "$wanted" >>"$stamp"
+}
+
+new_environment() {
+    local candidate
+    for candidate in python3.12 python3.11 python3; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then
+            "$candidate" -m venv .venv && return
+            echo "cannot make .venv with $candidate; install its venv module (Debian: apt install python3-venv)" >&2
+            return 1
+        fi
+    done
+    echo "no Python 3.11 or 3.12 found; install one, or activate an environment that has torch" >&2
+    return 1
+}

@@ -1,0 +1,1 @@
+"""What the training loop needs besides data, model and optimizers."""

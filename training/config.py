@@ -1,0 +1,372 @@
+"""The configuration of a run: dataclasses with their meaning under each field, read from YAML and `key=value`.
+
+Precedence, lowest first: the defaults below, the file named as `base` in the YAML file, the YAML file, the overrides on
+the command line. Unknown keys and wrong types are refused with the nearest valid name: no setting is ignored silently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from argparse import SUPPRESS
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from optim import ORTHOGONALIZERS, Rule
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message is one sentence that names the key."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass
+class ModelConfig:
+    """The model: GPT-2 as published."""
+
+    preset: Literal["nano", "small", "medium", "large", "xl"] = "small"
+    """Size: layers, heads and width of the published family (nano is for tests)."""
+    layers: int | None = None
+    """Number of blocks; null takes the preset's."""
+    heads: int | None = None
+    """Attention heads; null takes the preset's."""
+    width: int | None = None
+    """Width of the residual stream; null takes the preset's."""
+    context: int = 1024
+    """Longest sequence in tokens, and the length of every training sequence."""
+    vocab_multiple: int = 128
+    """The embedding is padded to a multiple of this for speed; the loss never sees the padding. 1 pads nothing."""
+
+
+@dataclass
+class DataConfig:
+    """The text."""
+
+    path: str = "data/tokens/sotu-gpt2-2048"
+    """Folder of shards with a manifest.json, made by `python -m data.prepare`."""
+    epochs: int = 1
+    """How often the training tokens may be seen; a run that needs more is refused before it starts."""
+    shuffle: bool = True
+    """Visit the sequences of each epoch in a seeded random order instead of the order on disk."""
+    val_tokens: int | None = None
+    """Validation tokens of every evaluation, the first of the validation split; null takes all."""
+
+
+@dataclass
+class MatrixConfig:
+    """How the hidden matrices are updated."""
+
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon, or adamw for the baseline (then with the betas and eps of optim.adamw)."""
+    lr: float = 0.02
+    """Peak learning rate of the hidden matrices."""
+    weight_decay: float = 0.0
+    """Decoupled decay, p -= lr * weight_decay * p, with the learning rate before any shape scale."""
+    orthogonalizer: str = "polar_express"
+    """The map to the polar factor; `python -c 'import optim; print(optim.ORTHOGONALIZERS)'` lists the names."""
+    steps: int | None = 5
+    """Polynomial iterations; null takes the schedule's own number (svd has none)."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
+    """Precision of the iteration; auto is bf16 where the device is fast in it and fp32 elsewhere."""
+    margin: float | None = None
+    """Factor on the Frobenius norm before iterating; null takes the schedule's own."""
+    momentum: float = 0.95
+    """Decay of the momentum buffer."""
+    nesterov: bool = True
+    """Orthogonalize the look-ahead of the momentum rather than the momentum."""
+    momentum_form: Literal["ema", "sum"] = "ema"
+    """ema: m <- mu m + (1 - mu) g; sum: m <- mu m + g (the paper's code)."""
+    shape_scale: Literal["none", "spectral", "original", "match_rms_adamw"] = "original"
+    """Factor on the learning rate by shape (out, in): 1, sqrt(out/in), sqrt(max(1, out/in)), 0.2 sqrt(max(out, in))."""
+
+    def __post_init__(self) -> None:
+        name = self.orthogonalizer
+        _require(
+            name in ORTHOGONALIZERS,
+            f"optim.matrix.orthogonalizer={name} is unknown{nearest(name, ORTHOGONALIZERS)}; known are"
+            f" {', '.join(ORTHOGONALIZERS)}",
+        )
+
+
+@dataclass
+class AdamWConfig:
+    """How everything else is updated: embeddings, positions, norms and biases."""
+
+    lr: float | None = None
+    """Peak learning rate; null shares optim.matrix.lr, as the paper's code does."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled decay of the parameters whose rule names none."""
+
+
+def gpt2_rules() -> list[Rule]:
+    """Which optimizer each GPT-2 parameter goes to: the fused QKV counts as three square matrices."""
+    return [
+        Rule(r"^h\.\d+\.attn\.c_attn\.weight$", "matrix", blocks=3),
+        Rule(r"^h\.\d+\.(attn|mlp)\.c_\w+\.weight$", "matrix"),
+        Rule(r"^w[tp]e\.weight$", "adamw"),
+        Rule(r"(\.bias|ln_\w+\.weight)$", "adamw", weight_decay=0.0),
+    ]
+
+
+@dataclass
+class OptimConfig:
+    """The optimizers and which parameter goes to which."""
+
+    matrix: MatrixConfig = field(default_factory=MatrixConfig)
+    """The hidden matrices."""
+    adamw: AdamWConfig = field(default_factory=AdamWConfig)
+    """All other parameters."""
+    rules: list[Rule] = field(default_factory=gpt2_rules)
+    """Ordered routing rules; the first whose pattern is found in a parameter's name wins."""
+    grad_clip: float | None = 1.0
+    """Largest global norm of the gradient, applied before any optimizer sees it and never to an update; null is off."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over the run, as a factor on every peak learning rate."""
+
+    kind: Literal["constant_linear", "trapezoid", "cosine"] = "constant_linear"
+    """constant_linear: constant, then on a line to 0 clipped at the floor (the paper); trapezoid: constant, then on a
+    line to the floor; cosine: half a cosine to the floor. All start with the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the factor climbs on a line to 1."""
+    decay_fraction: float = 0.6
+    """Last part of the steps, in which constant_linear and trapezoid decay."""
+    floor: float = 0.1
+    """Smallest factor after the warm-up."""
+
+    def __post_init__(self) -> None:
+        _require(self.warmup_steps >= 0, f"schedule.warmup_steps must not be negative, got {self.warmup_steps}")
+        for key in ("decay_fraction", "floor"):
+            value = getattr(self, key)
+            _require(0 <= value <= 1, f"schedule.{key} must lie between 0 and 1, got {value}")
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_tokens: int = 524288
+    """Tokens in one optimizer step over all ranks and accumulation; a multiple of model.context."""
+    micro_batch: int = 16
+    """Most sequences in one forward pass on one device; lower it when memory runs out, the result stays the same."""
+    eval_every: int = 125
+    """Steps between evaluations; the first and last step are always evaluated."""
+    log_every: int = 10
+    """Steps between printed status lines (metrics.jsonl holds every step)."""
+    inspect_every: int = 250
+    """Steps between looks into the optimizer: orthogonality error, update sizes, its milliseconds; 0 is never."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto is cuda where there is a GPU, else cpu."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast of the forward pass; auto is bf16 where the device is fast in it and fp32 elsewhere."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile of the model; auto is true for GPUs only, since it rarely pays on CPUs."""
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_tokens", "micro_batch", "eval_every", "log_every"):
+            _require(getattr(self, key) > 0, f"train.{key} must be positive, got {getattr(self, key)}")
+        _require(self.inspect_every >= 0, f"train.inspect_every must not be negative, got {self.inspect_every}")
+
+
+@dataclass
+class SampleConfig:
+    """The text sampled from the trained model at the end of the run."""
+
+    prompt: str = ""
+    """What the model continues; empty starts a new document."""
+    tokens: int = 200
+    """How many tokens to sample; 0 samples nothing."""
+    temperature: float = 0.8
+    """Sharpness; 0 always takes the likeliest token."""
+    top_k: int | None = 50
+    """Sample among this many likeliest tokens; null is all."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens that together hold this probability; null is all."""
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases; a failure of it never stops a run."""
+
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    """offline writes into the run directory for a later `wandb sync`."""
+    project: str = "gpt2-matrix-optimizers"
+    """Project the run appears in."""
+    group: str | None = None
+    """Group, such as the name of a sweep; null is the run's name."""
+    tags: list[str] = field(default_factory=list)
+    """Tags beside those made from the optimizer and the model."""
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    name: str = "gpt2"
+    """Name of the experiment; runs land in logs/NAME/."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the data and the sampling."""
+    run_dir: str | None = None
+    """Where the run is written; null is a new folder logs/NAME/DATE-TIME-seedN."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizers."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The learning rate over the run."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """Text sampled at the end."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        tokens, context = self.train.batch_tokens, self.model.context
+        _require(
+            tokens % context == 0,
+            f"train.batch_tokens={tokens} must be a multiple of model.context={context}",
+        )
+
+    @property
+    def batch_sequences(self) -> int:
+        return self.train.batch_tokens // self.model.context
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def key_parser() -> ArgumentParser:
+    """A parser that knows every key of Config, with its docstring as help."""
+    parser = ArgumentParser(exit_on_error=False, add_help=False, usage=SUPPRESS)
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a YAML file with `key=value` overrides on top; raises ConfigError with one sentence."""
+    parser = key_parser()
+    values = _read_yaml(Path(path)) if path is not None else {}
+    arguments = [_as_option(text) for text in overrides]
+    _check_keys(values, str(path))
+    for argument in arguments:
+        _check_keys(_nest(argument[2:].split("=", 1)[0]), "the command line")
+    try:
+        namespace = parser.parse_object(values, defaults=True) if values else parser.get_defaults()
+        namespace = parser.parse_args(arguments, namespace=namespace)
+        return _instantiate(parser, namespace)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(_one_sentence(error)) from error
+
+
+def _instantiate(parser: ArgumentParser, namespace: Namespace) -> Config:
+    values = parser.instantiate(namespace) if hasattr(parser, "instantiate") else parser.instantiate_classes(namespace)
+    return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration; `load_config` of it gives an equal Config."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a YAML file over those of the file it names as its `base`, which lies beside it."""
+    if path in above:
+        raise ConfigError(f"{above[-1]} names {path} as its base, which is built on {above[-1]} itself")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        known = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none"
+        raise ConfigError(f"cannot read {path}: {error.strerror}; YAML files in that folder: {known}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values, found {type(values).__name__}")
+    base = values.pop("base", None)
+    return values if base is None else _merge(_read_yaml(path.parent / str(base), (*above, path)), values)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merge(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
+    return below | above | both
+
+
+def _as_option(text: str) -> str:
+    if "=" not in text or text.startswith("="):
+        raise ConfigError(f"expected key=value on the command line, got {text!r}")
+    return "--" + text.lstrip("-")
+
+
+def _nest(dotted: str) -> dict[str, Any]:
+    value: Any = None
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def _check_keys(values: dict[str, Any], where: str, kind: type = Config, prefix: str = "") -> None:
+    """Refuse, at any depth, a key that no dataclass has, with the nearest valid one, and a value for a section."""
+    fields = {f.name: f.default_factory for f in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"unknown key {prefix}{key} in {where}{nearest(prefix + str(key), all_keys())}")
+        if dataclasses.is_dataclass(section := fields[key]):
+            if not isinstance(value, dict):
+                keys = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(section))
+                raise ConfigError(f"{prefix}{key} in {where} is a section, not a value; its keys are {keys}")
+            _check_keys(value, where, section, f"{prefix}{key}.")
+
+
+def all_keys(kind: type = Config, prefix: str = "") -> list[str]:
+    """Every key in dotted form, sections included."""
+    keys = []
+    for f in dataclasses.fields(kind):
+        keys.append(prefix + f.name)
+        if dataclasses.is_dataclass(f.default_factory):
+            keys += all_keys(f.default_factory, f"{prefix}{f.name}.")
+    return keys
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`; did you mean X?`, or nothing when no known name is near."""
+    last = name.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(name, known, 1, 0.6) or [k for k in known if k.rsplit(".", 1)[-1] == last][:1]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _one_sentence(error: Exception) -> str:
+    """A parser's message on one line, without the names of Python classes."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace("typing.", "")
+    return re.sub(r'^Parser key "([^"]+)":', r"\1:", text)

@@ -1,0 +1,47 @@
+"""Validation loss over a fixed number of tokens: sums and counts are reduced over the ranks, never means of means."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from data.loader import IGNORE, EvalLoader
+from training.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss in nats per token, and in bits per byte of text where the tokenizer's bytes are known.
+
+    Bits per byte compares runs with different tokenizers: all bits spent, those on the ends of documents included,
+    over the bytes of the text.
+    """
+
+    loss: float
+    bits_per_byte: float | None
+    tokens: int
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: EvalLoader, token_bytes: torch.Tensor | None, runtime: Runtime) -> Evaluation:
+    """Evaluate `model`, whose forward gives the summed loss; every rank takes its share and gets the same result.
+
+    token_bytes: (vocab,) bytes of text behind each token, or None when unknown.
+    """
+    model.eval()
+    loss = torch.zeros((), device=runtime.device, dtype=torch.float32)
+    tokens, size = torch.zeros_like(loss, dtype=torch.int64), torch.zeros_like(loss, dtype=torch.int64)
+    for inputs, targets in loader:
+        inputs, targets = inputs.to(runtime.device), targets.to(runtime.device)
+        with runtime.precision():
+            loss += model(inputs, targets)
+        real = targets[targets != IGNORE]
+        tokens += real.numel()
+        if token_bytes is not None:
+            size += token_bytes[real].sum()
+    model.train()
+    total, count, text = runtime.sum(loss, tokens, size)
+    return Evaluation(total / count, total / math.log(2) / text if text else None, int(count))

@@ -1,0 +1,66 @@
+"""A look into the optimizer step: how orthogonal the updates are, how large, and how long they take.
+
+Looking costs a copy of the weights and a few SVDs, so the loop does it every `train.inspect_every` steps only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optim import MatrixOptimizer
+from training.optimizers import kind_of
+from training.runtime import Runtime
+
+
+def inspect_step(
+    model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], runtime: Runtime
+) -> dict[str, dict[str, Any]]:
+    """Take one optimizer step and tell about it.
+
+    Returns {"milliseconds": {optimizer: ms}, "update_to_weight": {kind of parameter: RMS of the change over RMS of
+    the weights}, "directions": {"MxN": {name, smallest, largest, error}}}: for one sampled matrix of each shape
+    (the middle one) its extreme singular values and max |s^2 - 1|, the orthogonality error ||X X^T - I||_2.
+    """
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    sampled: dict[str, tuple[str, Tensor]] = {}
+
+    def sample(names: list[str], directions: Tensor) -> None:
+        middle = len(directions) // 2
+        sampled.setdefault("x".join(map(str, directions.shape[-2:])), (names[middle], directions[middle].clone()))
+
+    hooks = [o.register_direction_hook(sample) for o in optimizers.values() if isinstance(o, MatrixOptimizer)]
+    milliseconds = {}
+    for label, optimizer in optimizers.items():
+        runtime.synchronize()
+        begin = time.perf_counter()
+        optimizer.step()
+        runtime.synchronize()
+        milliseconds[label] = 1000 * (time.perf_counter() - begin)
+    for hook in hooks:
+        hook.remove()
+    return {
+        "milliseconds": milliseconds,
+        "update_to_weight": _update_to_weight(model, before),
+        "directions": {shape: _spectrum(name, matrix) for shape, (name, matrix) in sampled.items()},
+    }
+
+
+def _update_to_weight(model: nn.Module, before: dict[str, Tensor]) -> dict[str, float]:
+    squares: dict[str, list[float]] = {}
+    for name, parameter in model.named_parameters():
+        change, weight = squares.setdefault(kind_of(name), [0.0, 0.0])
+        change += (parameter.detach() - before[name]).float().square().sum().item()
+        weight += before[name].float().square().sum().item()
+        squares[kind_of(name)] = [change, weight]
+    return {kind: (change / weight) ** 0.5 for kind, (change, weight) in squares.items() if weight > 0}
+
+
+def _spectrum(name: str, matrix: Tensor) -> dict[str, Any]:
+    values = torch.linalg.svdvals(matrix.float())
+    error = (values.square() - 1).abs().max().item()
+    return {"name": name, "smallest": values[-1].item(), "largest": values[0].item(), "error": error}

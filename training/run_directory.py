@@ -1,0 +1,134 @@
+"""The run directory: everything a run was made from and everything it made, so that it can be redone from it.
+
+    config.yaml        the resolved configuration          environment.json   machine, versions, command, git commit
+    source.zip         the source text of the run          git.diff           uncommitted changes, where there were any
+    metrics.jsonl      one line a step and evaluation      summary.json       the result
+    model.safetensors  the trained weights                 tokenizer.json     which tokenizer the tokens came from
+    sample.txt         text sampled from the model
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import zipfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.config import Config, ConfigError, load_config, to_yaml
+from training.runtime import Runtime, device_name
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ROOMS = ("configs", "data", "model", "optim", "scripts", "training")
+PACKAGES = ("torch", "numpy", "tiktoken", "triton", "wandb", "datasets")
+
+
+def create(config: Config, runtime: Runtime) -> Path:
+    """Make the run directory and write down what the run is made from; called on rank 0.
+
+    Raises ConfigError when the directory already holds a run or cannot be written.
+    """
+    if config.run_dir:
+        path = Path(config.run_dir)
+    else:
+        path = Path("logs", config.name, f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}")
+    if (path / "config.yaml").exists():
+        raise ConfigError(f"{path} already holds a run; choose another run_dir or remove that folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        write_json(path / "environment.json", _environment(runtime))
+        _write_source(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write the run directory {path}: {error.strerror}; choose another run_dir") from error
+    return path
+
+
+def config_of(run: str | Path) -> Path:
+    """The config.yaml of a run directory."""
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run} is not a run directory: it has no config.yaml")
+    return path
+
+
+def redo_config(run: str | Path, overrides: list[str]) -> Config:
+    """The configuration of a finished run with overrides, for a new directory beside it."""
+    own_dir = [] if any(text.startswith("run_dir=") for text in overrides) else ["run_dir=null"]
+    return load_config(config_of(run), [*own_dir, *overrides])
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write `values` whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a run; raises ConfigError with one sentence."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; has the run finished?") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+
+
+def _environment(runtime: Runtime) -> dict[str, Any]:
+    git = _git("rev-parse", "HEAD")
+    return {
+        "command": [sys.executable, *sys.argv],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "device": device_name(runtime.device),
+        "world_size": runtime.world_size,
+        "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "git": {"commit": git, "changed": bool(_git("status", "--porcelain"))} if git else None,
+    }
+
+
+def _write_source(path: Path) -> None:
+    with zipfile.ZipFile(path / "source.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for room in ROOMS:
+            for file in sorted((REPOSITORY / room).rglob("*")):
+                if file.suffix in (".py", ".yaml", ".sh"):
+                    archive.write(file, file.relative_to(REPOSITORY))
+        for file in ("train_gpt2.py", "requirements.txt", "run.sh"):
+            if (REPOSITORY / file).is_file():
+                archive.write(REPOSITORY / file, file)
+    if changes := _git("diff", "HEAD"):
+        (path / "git.diff").write_text(changes + "\n", encoding="utf-8")
+
+
+def _git(*arguments: str) -> str:
+    """Output of a git command in the repository, or nothing where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

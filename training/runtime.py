@@ -1,0 +1,147 @@
+"""Where a run computes: its device, its ranks, and what that device is fast in.
+
+The same script runs as one process or under torchrun; nccl joins GPUs and gloo joins CPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from training.config import ConfigError, TrainConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Device and place among the ranks; `autocast` is None where the forward pass stays in fp32."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    autocast: torch.dtype | None
+    compile: bool
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def print(self, *text: object) -> None:
+        """Print on rank 0 only."""
+        if self.is_main:
+            print(*text, flush=True)
+
+    def precision(self):
+        """The autocast context of a forward pass."""
+        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+
+    def sum(self, *values: float | torch.Tensor) -> list[float]:
+        """Each value summed over the ranks in float64 (float32 where the device has none); waits for the device."""
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.stack([torch.as_tensor(v, device=self.device).to(dtype) for v in values])
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 alone and give every rank its result, or its exception."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except Exception as error:
+                outcome[1] = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read next to it is honest."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def peak_memory(self) -> float:
+        """Most memory held so far in GB: of the GPU, else of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there and in KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+@contextmanager
+def start(config: TrainConfig) -> Iterator[Runtime]:
+    """Join the ranks, choose device and precision, and leave the process group in the end."""
+    device = _device(config.device)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    runtime = Runtime(
+        device=device,
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=world_size,
+        autocast=torch.bfloat16 if _use_bf16(config.precision, device) else None,
+        compile=device.type == "cuda" if config.compile == "auto" else config.compile,
+    )
+    runtime.print(describe(runtime))
+    try:
+        yield runtime
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def describe(runtime: Runtime) -> str:
+    """One line: what the run computes on and what it falls back to."""
+    name = device_name(runtime.device)
+    ranks = f", {runtime.world_size} ranks" if runtime.world_size > 1 else ""
+    precision = "bf16 autocast" if runtime.autocast else "fp32"
+    return f"device: {name}{ranks}; {precision}; torch.compile {'on' if runtime.compile else 'off'}"
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's name, or the CPU with the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+
+
+def _device(wanted: str) -> torch.device:
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device=cuda, but torch finds no GPU here; use train.device=auto or cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("train.device=mps, but torch finds no Apple GPU here; use train.device=auto or cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if kind != "cuda":
+        return torch.device(kind)
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} GPUs are visible;"
+            " start torchrun with --nproc_per_node of at most that"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _use_bf16(precision: str, device: torch.device) -> bool:
+    if precision != "auto":
+        return precision == "bf16"
+    # CPUs emulate bf16 up to 400 times slower, and those with bf16 units round differently from the rest: a CPU run
+    # therefore stays in fp32, and is the same on every machine, unless bf16 is asked for.
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

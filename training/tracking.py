@@ -1,0 +1,82 @@
+"""Weights & Biases as a guest: asked in when the config says so, shown out at the first failure, never in the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from training.config import Config
+
+
+class NoTracker:
+    """Tracks nothing: the null object that lets the loop log without asking."""
+
+    url: str | None = None
+
+    def log(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        pass
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        pass
+
+
+class WandbTracker(NoTracker):
+    """A wandb run that turns itself off, with one warning, when wandb fails."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        self.url = getattr(run, "url", None)
+
+    def log(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        self._guard(lambda: self._run.log({kind: dict(values)}, step=step))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self._guard(lambda: self._run.summary.update(dict(summary)))
+        self._guard(lambda: self._run.finish())
+
+    def _guard(self, action) -> None:
+        if self._run is None:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._run = None
+            _warn(error)
+
+
+def start_tracker(config: Config, run_dir: Path, enabled: bool) -> NoTracker:
+    """A wandb run when config.wandb.mode asks for one on this rank; anything that goes wrong yields a NoTracker."""
+    if config.wandb.mode == "disabled" or not enabled:
+        return NoTracker()
+    try:
+        import wandb
+
+        matrix = config.optim.matrix
+        method = matrix.orthogonalizer if matrix.optimizer == "muon" else matrix.optimizer
+        run = wandb.init(
+            project=config.wandb.project,
+            name=run_dir.name,
+            group=config.wandb.group or config.name,
+            tags=[matrix.optimizer, method, *config.wandb.tags],
+            config=dataclasses.asdict(config),
+            dir=str(run_dir),
+            mode=config.wandb.mode,
+            settings=wandb.Settings(init_timeout=60),
+        )
+        return WandbTracker(run)
+    except ImportError:
+        warnings.warn(
+            "wandb is not installed, so the run is not tracked; install it with: pip install -r requirements-extra.txt",
+            stacklevel=2,
+        )
+    except Exception as error:
+        _warn(error)
+    return NoTracker()
+
+
+def _warn(error: Exception) -> None:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    warnings.warn(f"wandb failed, the run goes on without it: {reason}", stacklevel=3)
