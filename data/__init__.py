@@ -1,0 +1,1 @@
+"""From text to batches: documents, encoding, prepare (text -> shards), loader (shards -> batches)."""
