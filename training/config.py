@@ -285,7 +285,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 
 def _instantiate(parser: ArgumentParser, namespace: Namespace) -> Config:
-    values = parser.instantiate(namespace) if hasattr(parser, "instantiate") else parser.instantiate_classes(namespace)
+    values = parser.instantiate(namespace)
     return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
 
 

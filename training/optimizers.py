@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import nn
 
-from optim import Muon, check_coverage, orthogonalizer, param_groups, route, routing_rows
-from training.config import ConfigError, OptimConfig
+from optim import Muon, Orthogonalizer, check_coverage, orthogonalizer, param_groups, route, routing_rows
+from training.config import ConfigError, MatrixConfig, OptimConfig
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> dict[str, torch.optim.Optimizer]:
     """The optimizers of `model` by name, every trainable parameter in exactly one of them, exactly once.
 
     With optim.matrix.optimizer=adamw the hidden matrices become groups of the one AdamW, with their own learning
-    rate and decay. Every group remembers its peak learning rate as `peak_lr`.
+    rate and decay. Every group remembers its peak learning rate as `peak_lr`. Raises ConfigError for options out of
+    range, RoutingError for rules that do not fit the model.
     """
     matrix, adamw = config.matrix, config.adamw
     unknown = {rule.optimizer for rule in config.rules} - {"matrix", "adamw"}
@@ -29,29 +31,44 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> dict[str, torch.o
     hidden = param_groups(routes, "matrix", matrix.lr, matrix.weight_decay)
     others = param_groups(routes, "adamw", adamw_lr, adamw.weight_decay)
     optimizers: dict[str, torch.optim.Optimizer] = {}
-    if matrix.optimizer == "muon" and hidden:
-        optimizers["muon"] = Muon(
-            hidden,
-            lr=matrix.lr,
-            weight_decay=matrix.weight_decay,
-            momentum=matrix.momentum,
-            nesterov=matrix.nesterov,
-            momentum_form=matrix.momentum_form,
-            shape_scale=matrix.shape_scale,
-            orthogonalizer=orthogonalizer(
-                matrix.orthogonalizer, steps=matrix.steps, dtype=matrix.dtype, margin=matrix.margin
-            ),
-        )
-    else:
-        others = [{k: v for k, v in group.items() if k != "blocks"} for group in hidden] + others
+    if matrix.optimizer == "adamw":
+        others = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in hidden] + others
+    elif hidden:
+        optimizers["muon"] = build_muon(hidden, matrix)
     if others:
         fused = next(model.parameters()).device.type in ("cpu", "cuda")
-        optimizers["adamw"] = torch.optim.AdamW(others, lr=adamw_lr, betas=adamw.betas, eps=adamw.eps, fused=fused)
+        with config_errors("optim.adamw"):
+            optimizers["adamw"] = torch.optim.AdamW(others, betas=adamw.betas, eps=adamw.eps, fused=fused)
     check_coverage(model.named_parameters(), optimizers.values())
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def build_muon(groups: list[dict[str, Any]], config: MatrixConfig) -> Muon:
+    with config_errors("optim.matrix"):
+        return Muon(
+            groups,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            momentum_form=config.momentum_form,
+            shape_scale=config.shape_scale,
+            orthogonalizer=build_orthogonalizer(config),
+        )
+
+
+def build_orthogonalizer(config: MatrixConfig) -> Orthogonalizer:
+    return orthogonalizer(config.orthogonalizer, steps=config.steps, dtype=config.dtype, margin=config.margin)
+
+
+@contextmanager
+def config_errors(section: str) -> Iterator[None]:
+    """Turn what a constructor says of its arguments into a ConfigError that names the section they came from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{section}: {error}") from error
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
@@ -68,9 +85,7 @@ def conventions(config: OptimConfig) -> dict[str, Any]:
         return {"optimizer": matrix.optimizer, "adamw_shares_lr": config.adamw.lr is None}
     return {
         "momentum": f"{matrix.momentum_form} {matrix.momentum}{' nesterov' if matrix.nesterov else ''}",
-        "orthogonalizer": repr(
-            orthogonalizer(matrix.orthogonalizer, steps=matrix.steps, dtype=matrix.dtype, margin=matrix.margin)
-        ),
+        "orthogonalizer": repr(build_orthogonalizer(matrix)),
         "shape_scale": matrix.shape_scale,
         "weight_decay": matrix.weight_decay,
         "adamw_shares_lr": config.adamw.lr is None,

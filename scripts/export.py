@@ -1,0 +1,129 @@
+"""A finished run as a Transformers model: `python -m scripts.export RUN OUT [--push USER/NAME]`.
+
+OUT receives config.json and model.safetensors for GPT2LMHeadModel, the tokenizer's files, and a card (README.md) filled
+from the run's summary. --push uploads that folder to the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from model.huggingface import save_pretrained
+from tabulate import tabulate
+
+from data.tokenizers import hf_tokenizer_files
+from training.config import ConfigError, to_yaml
+from training.finished_run import load_run
+from training.run_directory import read_json
+
+CARD = """\
+---
+{metadata}---
+
+# {name}
+
+GPT-2 with {parameters:,} parameters, trained from scratch on {tokens:,} tokens ({source}).
+
+{results}
+
+The hidden matrices were updated by:
+
+{conventions}
+
+```python
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = GPT2LMHeadModel.from_pretrained(".")
+```
+
+It continues text as its training text does; it was neither tuned to follow instructions nor checked for what it says.
+
+## Configuration
+
+```yaml
+{config}```
+"""
+
+
+def export(run: str | Path, out: str | Path) -> Path:
+    """Write the model of a finished run, its tokenizer and its card into the folder `out`."""
+    out = Path(out)
+    model, text, config = load_run(run)
+    summary, environment = (read_json(Path(run) / f"{name}.json") for name in ("summary", "environment"))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        save_pretrained(model, out, eot=text.eot)
+        hf_tokenizer_files(text, out)
+        (out / "README.md").write_text(card(summary, environment, to_yaml(config), config.data.path), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror}; choose another folder") from error
+    return out
+
+
+def card(summary: dict[str, Any], environment: dict[str, Any], config: str, source: str) -> str:
+    """The model card, from the run's summary and environment."""
+    git = environment.get("git") or {}
+    results = {
+        "validation loss (nats per token)": f"{summary['val_loss']:.4f}",
+        "bits per byte": f"{summary['bits_per_byte']:.4f}",
+        "tokenizer": summary["tokenizer"],
+        "steps": summary["steps"],
+        "seed": summary["seed"],
+        "training time (s)": f"{summary['train_seconds']:.0f}",
+        "hardware": f"{environment['world_size']} x {environment['device']}",
+        "torch": environment["packages"].get("torch"),
+        "commit": (git.get("commit") or "unknown") + (" with changes" if git.get("changed") else ""),
+    }
+    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2", "muon"]}
+    return CARD.format(
+        metadata=yaml.safe_dump(metadata, sort_keys=False),
+        source=source,
+        config=config,
+        results=tabulate(results.items(), headers=("", summary["name"]), tablefmt="github", disable_numparse=True),
+        conventions="\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in summary["conventions"].items()),
+        **{key: summary[key] for key in ("name", "parameters", "tokens")},
+    )
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload the folder as the hub's model `name` ("user/model"); returns its address. Raises ConfigError."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise ConfigError(
+            "--push needs the package huggingface_hub; install it with: pip install -r requirements-extra.txt"
+        ) from error
+    try:
+        api = HfApi()
+        api.create_repo(name, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, folder_path=folder))
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"cannot push to {name}: {reason}; the exported model lies in {folder}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m scripts.export", description=__doc__.splitlines()[0])
+    parser.add_argument("run", help="run directory")
+    parser.add_argument("out", help="folder for the exported model")
+    parser.add_argument("--push", metavar="USER/NAME", help="also upload it to the Hugging Face hub under this name")
+    options = parser.parse_args(arguments)
+    try:
+        out = export(options.run, options.out)
+        print(f"exported to {out}")
+        if options.push:
+            print(f"pushed to {push(out, options.push)}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
