@@ -35,7 +35,7 @@ from training import mfu, run_directory, runtime
 from training.config import Config, ConfigError, key_parser, load_config, to_yaml
 from training.evaluation import Evaluation, evaluate
 from training.finished_run import load_run, model_config, sample_text, save_weights
-from training.guard import NonFiniteError, require_finite
+from training.guard import NonFiniteError, require_finite, require_finite_evaluation
 from training.inspection import inspect_step
 from training.metrics import Metrics, duration, status_line
 from training.optimizers import build_optimizers, conventions, routing_table, set_learning_rate
@@ -207,9 +207,10 @@ class Run:
 
     def evaluate(self) -> None:
         progress = self.progress
-        progress.evaluation = evaluate(self.parallel, self.text.val, self.text.token_bytes, self.rt)
-        progress.best_val_loss = min(progress.best_val_loss, progress.evaluation.loss)
-        self.record("val", seconds=progress.seconds, **asdict(progress.evaluation))
+        found = evaluate(self.parallel, self.text.val, self.text.token_bytes, self.rt)
+        require_finite_evaluation(found.loss, progress.step, checkpoint=None)
+        progress.evaluation, progress.best_val_loss = found, min(progress.best_val_loss, found.loss)
+        self.record("val", seconds=progress.seconds, **asdict(found))
 
     def tick(self, seconds: float) -> None:
         self.progress.seconds += seconds
@@ -295,10 +296,10 @@ def train(config: Config, rt: Runtime) -> Path:
     return run.dir
 
 
-def tell_result(run_dir: Path) -> None:
+def tell_result(run_dir: Path, device: torch.device) -> None:
     """Print the result of a completed run: validation loss, text, place."""
     result = run_directory.read_json(run_dir / "summary.json")
-    model, text, config = load_run(run_dir)
+    model, text, config = load_run(run_dir, device)
     print(
         f"\nfinal validation loss {result['val_loss']:.4f} ({result['bits_per_byte']:.4f} bits per byte) after"
         f" {result['steps']} steps, {result['tokens']:,} tokens, {duration(result['train_seconds'])} of training"
@@ -345,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with runtime.start(config.train) as rt:
             run_dir = train(config, rt)
             if rt.is_main:
-                tell_result(run_dir)
+                tell_result(run_dir, rt.device)
     except (ConfigError, DataError, RoutingError) as error:
         return fail(f"error: {error}", 2)
     except NonFiniteError as error:

@@ -1,7 +1,7 @@
-"""GPT-2 as published: pre-norm blocks, learned positions, tanh GELU, biases everywhere, and a head tied to the token embedding.
+"""GPT-2 as published: pre-norm blocks, learned positions, tanh GELU, biases, and a head tied to the embedding.
 
-Radford et al., "Language Models are Unsupervised Multitask Learners", 2019. Parameters carry the names of the released weights,
-in torch's (out, in) orientation.
+Radford et al., "Language Models are Unsupervised Multitask Learners", 2019. Parameters carry the names of the
+released weights, in torch's (out, in) orientation.
 """
 
 import math
@@ -35,14 +35,14 @@ class GPT2Config:
     width: int = 768
     """Length of the residual stream's vectors."""
     vocab_multiple: int = 1
-    """The embedding's rows are padded up to a multiple of this (128 suits GPUs); the padding is never predicted."""
+    """Rows of the embedding are padded to a multiple of this (128 suits GPUs); the padding is never predicted."""
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{name} of the model must be a whole number of at least 1, not {value!r}")
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} does not divide into {self.heads} heads; make it a multiple of heads")
+            raise ValueError(f"width {self.width} does not divide into {self.heads} heads; make it a multiple")
 
     @property
     def padded_vocab(self) -> int:
@@ -105,9 +105,9 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Draws all weights as GPT-2 did: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 layers)), biases 0, norms 1.
+        """Draw all weights anew: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 layers)), biases 0, norms 1.
 
-        The numbers depend on the seed and the sizes only: not on device, padding or torch's global generator.
+        The numbers depend on the seed and the sizes only, not on device, padding or torch's global generator.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -152,8 +152,8 @@ class GPT2(nn.Module):
     def flops_per_token(self) -> int:
         """Floating-point operations of training (forward and backward) for one token of a full context.
 
-        6 for each weight in a matrix product (tied head included, padding not) and 12 layers width context for attention,
-        counted in full as PaLM's appendix B (Chowdhery et al., 2022) does, although half of it is masked.
+        6 for each weight in a matrix product (tied head included, padding not) and 12 layers width context for
+        attention, counted in full as PaLM's appendix B (Chowdhery et al., 2022) does, although half of it is masked.
         """
         c = self.config
         weights = 12 * c.layers * c.width**2 + c.vocab_size * c.width

@@ -17,6 +17,15 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PREFIX = "transformer."
 # Transformers' GPT-2 multiplies from the right (its Conv1D), so these weights lie there as (in, out).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+MASKS = (".attn.bias", ".attn.masked_bias")
+# Our names of the sizes, and theirs.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "context": "n_positions",
+    "layers": "n_layer",
+    "heads": "n_head",
+    "width": "n_embd",
+}
 # What a GPT-2 of theirs may be that ours is not.
 REQUIRED = {
     "model_type": "gpt2",
@@ -35,23 +44,18 @@ def load_pretrained(name: str | Path, vocab_multiple: int = 1) -> GPT2:
     Raises ValueError with one sentence when it is missing, damaged or not a GPT-2 as published.
     """
     directory = Path(name) if Path(name).is_dir() else _download(str(name))
-    found = _read_config(directory / CONFIG)
+    path = directory / CONFIG
+    found = _read_config(path)
     for key, value in REQUIRED.items():
         if found.get(key, value) != value:
-            raise ValueError(f"{directory / CONFIG} has {key}={found[key]}, GPT-2 as published has {value}")
-    width = found["n_embd"]
-    if found.get("n_inner") not in (None, 4 * width):
-        raise ValueError(f"{directory / CONFIG} has n_inner={found['n_inner']}, GPT-2 as published has {4 * width}")
-    model = GPT2(
-        GPT2Config(
-            vocab_size=found["vocab_size"],
-            context=found["n_positions"],
-            layers=found["n_layer"],
-            heads=found["n_head"],
-            width=width,
-            vocab_multiple=vocab_multiple,
-        )
-    )
+            raise ValueError(f"{path} has {key}={found[key]}, GPT-2 as published has {value}")
+    if found.get("n_inner") not in (None, 4 * found["n_embd"]):
+        raise ValueError(f"{path} has n_inner={found['n_inner']}, GPT-2 as published has {4 * found['n_embd']}")
+    try:
+        config = GPT2Config(**{ours: found[theirs] for ours, theirs in SIZES.items()}, vocab_multiple=vocab_multiple)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    model = GPT2(config)
     _load_weights(model, directory / WEIGHTS)
     return model
 
@@ -61,16 +65,10 @@ def save_pretrained(model: GPT2, directory: str | Path, eot: int | None = None) 
 
     eot: the end-of-text token, which begins and ends documents (default: the last of the vocabulary).
     """
-    c = model.config
-    eot = c.vocab_size - 1 if eot is None else eot
+    eot = model.config.vocab_size - 1 if eot is None else eot
     config = REQUIRED | {
         "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": c.vocab_size,
-        "n_positions": c.context,
-        "n_embd": c.width,
-        "n_layer": c.layers,
-        "n_head": c.heads,
-        "n_inner": None,
+        **{theirs: getattr(model.config, ours) for ours, theirs in SIZES.items()},
         "bos_token_id": eot,
         "eos_token_id": eot,
         # the recipe trains without dropout
@@ -99,14 +97,20 @@ def _load_weights(model: GPT2, path: Path) -> None:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read the weights {path}: {' '.join(str(error).split())}") from error
-    stored = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
-    for name, parameter in _published(model).items():
-        if name not in stored:
-            raise ValueError(f"{path} has no weight {name}; it is not the model of its config.json")
+    # Older files hold the causal mask, too.
+    stored = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items() if not name.endswith(MASKS)}
+    head = stored.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, stored.get("wte.weight", head)):
+        raise ValueError(f"{path} has an lm_head.weight unlike its wte.weight; in GPT-2 as published they are one")
+    wanted = _published(model)
+    if odd := sorted(stored.keys() ^ wanted.keys()):
+        verb = "has" if odd[0] in stored else "lacks"
+        raise ValueError(f"{path} {verb} {odd[0]}, unlike the model of its {CONFIG}; take both files from one model")
+    for name, parameter in wanted.items():
         tensor = stored[name].T if name.endswith(TRANSPOSED) else stored[name]
         if tensor.shape != parameter.shape:
-            shapes = f"{tuple(tensor.shape)}, config.json says {tuple(parameter.shape)}"
-            raise ValueError(f"{path}: {name} has shape {shapes}")
+            shapes = f"{tuple(tensor.shape)}, by its {CONFIG} it has {tuple(parameter.shape)}"
+            raise ValueError(f"{path}: {name} has shape {shapes}; take both files from one model")
         parameter.copy_(tensor)
 
 
@@ -117,9 +121,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"cannot read {path}: {error.strerror}; a GPT-2 lies in a folder with its {CONFIG}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-    if not isinstance(found, dict) or any(not isinstance(found.get(key), int) for key in sizes):
-        raise ValueError(f"{path} is not the configuration of a GPT-2: it needs whole numbers for {', '.join(sizes)}")
+    if not isinstance(found, dict) or not found.keys() >= set(SIZES.values()):
+        raise ValueError(f"{path} is not the configuration of a GPT-2, which has {', '.join(SIZES.values())}")
     return found
 
 

@@ -1,7 +1,8 @@
 """Cross-entropy of a language-model head, with the logits of a CPU made and used a few rows at a time.
 
-A batch of logits over 50,257 tokens is hundreds of megabytes that eager torch writes and reads six times; in chunks they stay near
-the cache and the gradients of both factors follow at once. On a GPU torch.compile fuses the plain form.
+The logits of a batch over 50,257 tokens are hundreds of megabytes, which eager torch writes and reads several times;
+in chunks they stay near the cache, and the gradients of both factors follow at once. On a GPU torch.compile fuses the
+plain form.
 """
 
 import torch
@@ -34,26 +35,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         head = weight[:vocab_size].to(features.dtype)
         loss = torch.zeros((), dtype=torch.float32)
         grad_features, grad_weight = torch.empty_like(features), torch.empty_like(weight)
+        grad_weight[vocab_size:] = 0
+        grad_head = grad_weight[:vocab_size]
         buffer = features.new_empty(ROWS, vocab_size)
-        chunks = zip(features.split(ROWS), targets.split(ROWS), grad_features.split(ROWS))
-        for i, (x, y, grad_x) in enumerate(chunks):
+        chunks = (tensor.split(ROWS) for tensor in (features, targets, grad_features))
+        for i, (x, y, grad_x) in enumerate(zip(*chunks, strict=True)):
             logits = torch.mm(x, head.T, out=buffer[: len(x)]).float()
             log_p = torch.log_softmax(logits, 1, out=logits)
             loss += F.nll_loss(log_p, y, ignore_index=IGNORE, reduction="sum")
-            # The gradient of the logits: p - onehot(target), nothing for targets left out.
-            p = log_p.exp_()
-            at = y.clamp(min=0)[:, None]
-            p.scatter_add_(1, at, torch.full_like(at, -1, dtype=p.dtype))
-            p[y == IGNORE] = 0
-            p = p.to(x.dtype)
-            torch.mm(p, head, out=grad_x)
-            if i == 0:
-                grad_weight[:vocab_size] = p.T @ x
-            elif p.dtype == grad_weight.dtype:
-                grad_weight[:vocab_size].addmm_(p.T, x)
+            # The gradient of the logits is p - onehot(target), and nothing where the target is left out.
+            at, real = y.clamp(min=0)[:, None], (y != IGNORE)[:, None]
+            p = log_p.exp_().scatter_add_(1, at, torch.full_like(at, -1, dtype=log_p.dtype)).to(x.dtype)
+            torch.mm(p, head, out=grad_x).mul_(real)
+            if x.dtype == grad_head.dtype:
+                torch.addmm(grad_head, p.T, x * real, beta=min(i, 1), out=grad_head)
+            elif i == 0:
+                grad_head.copy_(p.T @ (x * real))
             else:
-                grad_weight[:vocab_size] += p.T @ x
-        grad_weight[vocab_size:] = 0
+                grad_head += p.T @ (x * real)
         ctx.save_for_backward(grad_features, grad_weight)
         return loss
 

@@ -96,6 +96,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._group = process_group
         self._rank = dist.get_rank(process_group) if distributed else 0
         self._world_size = dist.get_world_size(process_group) if distributed else 1
+        require(self._rank >= 0, "process_group", process_group, "a group that this process is in")
         self._next_rank = 0  # the first to own one parameter more when a bucket does not divide evenly
         self._state_dtype = state_dtype
         self._known: set[str | Tensor] = set()  # parameters and their names
@@ -111,7 +112,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         require(isinstance(lr, Real) and 0 <= lr < math.inf, "lr", lr, "a number of at least 0")
         require(isinstance(decay, Real) and 0 <= decay < math.inf, "weight_decay", decay, "a number of at least 0")
         require(isinstance(blocks, int) and blocks >= 1, "blocks", blocks, "a whole number of at least 1")
-        shape_scale(group["shape_scale"], 1, 1)
+        shape_scale(group["shape_scale"], 1, 1)  # refuses an unknown kind
 
     def state_spec(self, m: int, n: int, group: Mapping[str, Any]) -> dict[str, Spec]:
         """The state that one m x n matrix needs, by name."""
@@ -144,18 +145,26 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _add_bucket(self, group: dict[str, Any], names: list[str], params: list[Tensor]) -> None:
         blocks, (rows, n) = group["blocks"], params[0].shape
-        m, double = rows // blocks, params[0].dtype == torch.float64
+        double = params[0].dtype == torch.float64
         shares = self._divide(len(params))
         own = shares[self._rank]
         state = {}
-        for key, (shape, dtype) in self.state_spec(m, n, group).items():
+        for key, (shape, dtype) in self.state_spec(rows // blocks, n, group).items():
             dtype = dtype or (torch.float64 if double else self._state_dtype)
             state[key] = torch.zeros(len(own), blocks, *shape, dtype=dtype, device=params[0].device)
         for i, p in enumerate(params[own.start : own.stop]):
             self.state[p] = {key: stack[i] if blocks > 1 else stack[i, 0] for key, stack in state.items()}
-        matrices = [[f"{name}[{i}]" for i in range(blocks)] if blocks > 1 else [name] for name in names]
-        dtype = torch.float64 if double else torch.float32
-        self._buckets.append(Bucket(group, matrices, params, (m, n), dtype, shares, state))
+        self._buckets.append(
+            Bucket(
+                group=group,
+                names=[[f"{name}[{i}]" for i in range(blocks)] if blocks > 1 else [name] for name in names],
+                params=params,
+                matrix=(rows // blocks, n),
+                dtype=torch.float64 if double else torch.float32,
+                shares=shares,
+                state=state,
+            )
+        )
 
     def _divide(self, count: int) -> list[range]:
         """Consecutive shares of `count` parameters; who gets one more rotates from bucket to bucket."""
@@ -192,8 +201,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         directions: list[Tensor | None] = [None] * len(bucket.params)
         for has_grad, run in groupby(bucket.shares[self._rank], lambda i: bucket.params[i].grad is not None):
             if has_grad:
-                first, *rest = run
-                part = slice(first, first + 1 + len(rest))
+                run = list(run)
+                part = slice(run[0], run[-1] + 1)
                 directions[part] = self._directions(bucket, part)
         if self._world_size == 1:
             return directions, []
@@ -250,6 +259,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
+    def __getstate__(self) -> dict[str, Any]:  # for copy.deepcopy; torch.optim's leaves out attributes like ours
+        return self.__dict__.copy()
+
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's form, with the names of the parameters for their positions where they have names.
 
@@ -301,16 +313,15 @@ def _match_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> lis
     there = {key for group in saved for key in group["params"]}
     for keys, problem in ((here - there, "lacks"), (there - here, "holds the unknown")):
         if keys:
-            raise ValueError(f"the state dict {problem} {', '.join(map(repr, sorted(keys)))}; was it another model's?")
+            raise ValueError(f"the state dict {problem} {min(keys)!r} ({len(keys)} such in all): another model's?")
     by_members = {frozenset(group["params"]): group for group in saved}
     matched = [by_members.get(frozenset(group["params"])) for group in own]
     if None in matched:
         raise ValueError("the state dict divides the parameters into other groups than this optimizer does")
     for group, found in zip(own, matched, strict=True):
         if found.get("blocks", group["blocks"]) != group["blocks"]:
-            raise ValueError(
-                f"the state dict has blocks={found['blocks']} for {group['params']}, not blocks={group['blocks']}"
-            )
+            name, there, here = group["params"][0], found["blocks"], group["blocks"]
+            raise ValueError(f"the state dict has blocks={there} for {name!r} where this optimizer has blocks={here}")
     return [{option: value for option, value in group.items() if option != "params"} for group in matched]
 
 

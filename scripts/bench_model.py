@@ -1,9 +1,9 @@
 """Training speed of model/gpt2.py, alone or against nanoGPT's model.py, trained in turns in one process.
 
-    python -m scripts.bench_model --peer PATH/TO/nanoGPT/model.py --layers 4 --heads 4 --width 128 --context 256 --batch 8
+    python -m scripts.bench_model --peer PATH/TO/nanoGPT/model.py --layers 4 --heads 4 --width 128 --batch 8
 
-One step is forward, backward and fused AdamW on random tokens. Other work on the machine shifts both alike, so the pairwise ratio
-is the figure to trust. Set OMP_NUM_THREADS to choose the threads.
+One step is forward, backward and fused AdamW on random tokens. Other work on the machine shifts both alike, so the
+pairwise ratio is the figure to trust. OMP_NUM_THREADS chooses the threads.
 """
 
 import argparse
@@ -30,8 +30,8 @@ def load_peer(path: str, config: GPT2Config) -> torch.nn.Module:
         return peer.GPT(peer.GPTConfig(block_size=config.context, vocab_size=config.vocab_size, **sizes))
 
 
-def stepper(model: torch.nn.Module, loss_of: Callable, device: str, bf16: bool) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """One training step of the model as a function of (tokens, targets)."""
+def stepper(model: torch.nn.Module, loss_of: Callable, device: str, bf16: bool) -> Callable:
+    """One training step of the model, as a function of (tokens, targets)."""
     optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=1e-4, fused=True)
 
     def step(tokens: torch.Tensor, targets: torch.Tensor) -> None:
@@ -80,14 +80,15 @@ def main() -> None:
             times[name].append(seconds(step, batches, args.device))
 
     dtype = "bf16 autocast" if args.bf16 else "fp32"
-    print(f"{args.layers}x{args.width}, vocabulary {args.vocab}, batch {args.batch}x{args.context}, {dtype}, {args.device}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+    sizes = f"{args.layers}x{args.width}, vocabulary {args.vocab}, batch {args.batch}x{args.context}, {dtype}"
+    print(f"{sizes}, {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print("| model | tokens/s (median) |\n| --- | --- |")
     for name in steps:
         print(f"| {name} | {args.steps * tokens / statistics.median(times[name]):,.0f} |")
     if args.peer:
-        ratios = sorted(peer / ours for ours, peer in zip(times["ours"], times["nanoGPT"]))
-        print(f"ours / nanoGPT, pair by pair: median {statistics.median(ratios):.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}")
+        ratios = sorted(peer / ours for ours, peer in zip(*times.values(), strict=True))
+        median = statistics.median(ratios)
+        print(f"ours / nanoGPT, pair by pair: median {median:.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def tiny(tokens, tmp_path) -> list[str]:
         "train.log_every=4",
         "train.inspect_every=6",
         "train.device=cpu",
+        "train.precision=fp32",
         "optim.adamw.lr=0.005",
         "sample.tokens=20",
     ]

@@ -3,7 +3,8 @@
 import json
 import math
 import re
-import warnings
+import sys
+import types
 import zipfile
 
 import pytest
@@ -96,6 +97,12 @@ def test_a_non_finite_loss_stops_before_the_update(tiny, tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
 
 
+def test_a_last_update_that_breaks_the_weights_is_no_result(tiny, tmp_path, capsys):
+    assert train_gpt2.main([*tiny, "optim.adamw.lr=1e38", "train.steps=1", "train.eval_every=1"]) == 3
+    assert "step 1: validation loss" in last_line(capsys)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -139,17 +146,14 @@ def test_a_damaged_shard_is_refused(tiny, tokens, tmp_path, capsys):
     assert shard.name in last_line(capsys)
 
 
-def test_wandb_that_breaks_does_not_stop_the_run(tiny, tmp_path, monkeypatch):
-    import sys
-    import types
-
+def test_wandb_that_breaks_does_not_stop_the_run(tiny, tmp_path, monkeypatch, capsys):
     def log(*_, **__):
         raise OSError("no space left")
 
     run = types.SimpleNamespace(log=log, url=None)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run, Settings=lambda **_: None))
-    with warnings.catch_warnings(record=True):
-        assert train_gpt2.main([*tiny, "wandb.mode=online"]) == 0
+    assert train_gpt2.main([*tiny, "wandb.mode=online"]) == 0
+    assert capsys.readouterr().err.count("no space left") == 1
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "completed"
 
 

@@ -14,22 +14,22 @@ from training.runtime import Runtime
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss in nats per token, and in bits per byte of text where the tokenizer's bytes are known.
+    """Loss in nats per token, and in bits per byte of text.
 
     Bits per byte compares runs with different tokenizers: all bits spent, those on the ends of documents included,
     over the bytes of the text.
     """
 
     loss: float
-    bits_per_byte: float | None
+    bits_per_byte: float
     tokens: int
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: EvalLoader, token_bytes: torch.Tensor | None, runtime: Runtime) -> Evaluation:
+def evaluate(model: nn.Module, loader: EvalLoader, token_bytes: torch.Tensor, runtime: Runtime) -> Evaluation:
     """Evaluate `model`, whose forward gives the summed loss; every rank takes its share and gets the same result.
 
-    token_bytes: (vocab,) bytes of text behind each token, or None when unknown.
+    token_bytes: (vocab,) bytes of text behind each token, 0 for the end of a document.
     """
     model.eval()
     loss = torch.zeros((), device=runtime.device, dtype=torch.float32)
@@ -40,8 +40,7 @@ def evaluate(model: nn.Module, loader: EvalLoader, token_bytes: torch.Tensor | N
             loss += model(inputs, targets)
         real = targets[targets != IGNORE]
         tokens += real.numel()
-        if token_bytes is not None:
-            size += token_bytes[real].sum()
+        size += token_bytes[real].sum()
     model.train()
     total, count, text = runtime.sum(loss, tokens, size)
-    return Evaluation(total / count, total / math.log(2) / text if text else None, int(count))
+    return Evaluation(total / count, total / math.log(2) / text if text else math.nan, int(count))

