@@ -41,5 +41,5 @@ def test_model_is_left_in_training_mode(tokens):
     model = GPT2(GPT2Config(vocab_size=257, context=64, layers=1, heads=1, width=16))
     with start(TrainConfig(device="cpu", precision="fp32")) as rt:
         loader = EvalLoader(TokenStream(tokens, "val"), context=64, tokens=64, micro_batch=1)
-        evaluate(model, loader, torch.ones(257), rt)
+        evaluate(model, loader, torch.ones(257, dtype=torch.int32), rt)
     assert model.training

@@ -26,5 +26,5 @@ def test_message_names_step_layer_lr_and_checkpoint(bad):
 
 
 def test_non_finite_loss_alone_is_enough():
-    with pytest.raises(NonFiniteError, match="loss nan.*gradient: none.*last checkpoint: none"):
+    with pytest.raises(NonFiniteError, match=r"loss nan.*gradient: none.*last checkpoint: none"):
         require_finite(linear_stack(), math.nan, 1.0, 7, 0.1, None)
