@@ -32,7 +32,7 @@ from data.tokenizers import tokenizer
 from model.gpt2 import GPT2
 from optim import RoutingError
 from training import mfu, run_directory, runtime
-from training.config import Config, ConfigError, key_parser, load_config, to_yaml
+from training.config import Config, ConfigError, key_help, load_config, to_yaml
 from training.evaluation import Evaluation, evaluate
 from training.finished_run import load_run, model_config, sample_text, save_weights
 from training.guard import NonFiniteError, require_finite, require_finite_evaluation
@@ -320,7 +320,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Config, bool]:
     parser = ArgumentParser(
         prog="train_gpt2.py",
         description="Train GPT-2 with a matrix optimizer for the hidden matrices and AdamW for the rest.",
-        epilog=f"keys, set in the YAML file or as key=value:\n\n{key_parser().format_help()}",
+        epilog=f"keys, for the YAML file (as sections) and for key=value:\n\n{key_help()}",
         formatter_class=RawDescriptionHelpFormatter,
     )
     source = parser.add_mutually_exclusive_group()

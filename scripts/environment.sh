@@ -8,28 +8,23 @@ environment() {
         python=.venv/bin/python
         [ -x "$python" ] || new_environment || exit 1
     fi
-    local wanted stamp
+    local file wanted stamp
     stamp="$("$python" -c 'import sys; print(sys.prefix)')/.gpt2-requirements"
     wanted="$(cat "$@" | cksum)"
     grep -qxF "$wanted" "$stamp" 2>/dev/null && return
     echo "installing $* (once)"
-    local files=()
-    for file in "$@"; do
-        if [ "$python" = python ]; then
-            grep -v '^torch==' "$file" >"${TMPDIR:-/tmp}/$$.$file"
-            files+=(-r "${TMPDIR:-/tmp}/$$.$file")
-        else
-            files+=(-r "$file")
-        fi
-    done
-    "$python" -m pip install --quiet --disable-pip-version-check "${files[@]}" || exit 1
-    rm -f "${TMPDIR:-/tmp}/$$."requirements*.txt
+    if [ "$python" = python ]; then
+        cat "$@" | grep -v '^torch==' >"$stamp.txt"
+        "$python" -m pip install --quiet --disable-pip-version-check -r "$stamp.txt" || exit 1
+    else
+        "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt $(printf -- '-r %s ' "$@") || exit 1
+    fi
     echo "$wanted" >>"$stamp"
 }
 
 new_environment() {
     local candidate
-    for candidate in python3.12 python3.11 python3; do
+    for candidate in python3 python3.12 python3.11; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then
             "$candidate" -m venv .venv && return
             echo "cannot make .venv with $candidate; install its venv module (Debian: apt install python3-venv)" >&2

@@ -9,18 +9,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from argparse import SUPPRESS
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from docstring_parser import parse_from_object
+from jsonargparse import ArgumentParser, Namespace
 
 from optim import ORTHOGONALIZERS, Rule
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class ConfigError(ValueError):
@@ -260,10 +259,24 @@ class Config:
 
 
 def key_parser() -> ArgumentParser:
-    """A parser that knows every key of Config, with its docstring as help."""
-    parser = ArgumentParser(exit_on_error=False, add_help=False, usage=SUPPRESS)
+    """A parser that knows every key of Config and its type."""
+    parser = ArgumentParser(exit_on_error=False, add_help=False)
     parser.add_class_arguments(Config)
     return parser
+
+
+def key_help(kind: type = Config, prefix: str = "") -> str:
+    """Every key with its type, default and meaning, as `--help` prints it."""
+    meanings = {entry.arg_name: entry.description for entry in parse_from_object(kind).params}
+    text = ""
+    for f in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(f.default_factory):
+            text += key_help(f.default_factory, f"{prefix}{f.name}.")
+        else:
+            default = repr(f.default) if f.default is not dataclasses.MISSING else f"{f.default_factory.__name__}()"
+            meaning = textwrap.indent(textwrap.fill(" ".join(meanings[f.name].split()), 100), "    ")
+            text += f"{prefix}{f.name}: {f.type} = {default}\n{meaning}\n"
+    return text
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
