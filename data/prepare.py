@@ -13,6 +13,7 @@ from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -292,5 +293,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def leave(code: int) -> NoReturn:
+    """End the process at once: threads that pyarrow keeps from a stream can abort an interpreter that winds down."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

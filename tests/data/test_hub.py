@@ -19,7 +19,7 @@ from data.shards import load_manifest, read_shard, verify, write_shard
 from data.tokenizers import tokenizer
 
 ROOT = Path(__file__).parents[2]
-RUN = "import sys; from data import fineweb, prepare; fineweb.WAITS = (0, 0); sys.exit(prepare.main(sys.argv[1:]))"
+RUN = "import sys; from data import fineweb, prepare; fineweb.WAITS = (0, 0); prepare.leave(prepare.main(sys.argv[1:]))"
 
 
 def run(home: Path, arguments: str, **environment: str) -> subprocess.CompletedProcess:
