@@ -49,9 +49,10 @@ from training.tracking import start_tracker
 
 @dataclass(frozen=True)
 class Text:
-    """The tokens of a run: who made them, and the loaders of both splits."""
+    """The tokens of a run: who made them from what, and the loaders of both splits."""
 
     tokenizer: str
+    source: str
     vocab_size: int
     token_bytes: Tensor  # (vocab,) bytes of text behind each token
     train: TrainLoader
@@ -60,10 +61,14 @@ class Text:
 
 def open_text(config: Config, rt: Runtime) -> Text:
     manifest = rt.on_main(lambda: verify(config.data.path))
-    names = tokenizer(manifest.tokenizer)
+    try:
+        names = tokenizer(manifest.tokenizer)
+    except ValueError as error:  # its vocabulary is not at hand
+        raise DataError(f"{config.data.path}: {error}") from error
     place = dict(rank=rt.rank, world_size=rt.world_size, micro_batch=config.train.micro_batch)
     return Text(
         tokenizer=manifest.tokenizer,
+        source=manifest.source,
         vocab_size=names.vocab_size,
         token_bytes=torch.from_numpy(names.token_bytes).to(rt.device),
         train=TrainLoader(
@@ -171,8 +176,8 @@ class Run:
         train, progress = self.config.train, self.progress
         self.evaluate()
         batches = prefetch(self.text.train.batch, range(progress.step, train.steps), self.rt.device)
+        begin = time.perf_counter()  # of a step: the end of the one before, so that waiting for data counts
         for step, (inputs, targets) in enumerate(batches, start=progress.step):
-            begin = time.perf_counter()
             factor = lr_factor(step, train.steps, self.config.schedule)
             set_learning_rate(self.optimizers.values(), factor)
             lr = factor * self.config.optim.matrix.lr
@@ -181,18 +186,21 @@ class Run:
             inspect = train.inspect_every > 0 and (step + 1) % train.inspect_every == 0
             found = update(self.model, self.optimizers, inspect, self.rt)
             progress.step = step + 1
+            last = progress.step == train.steps
+            evaluate = progress.step % train.eval_every == 0 or last
+            if evaluate:
+                self.rt.synchronize()  # or the evaluation would be billed for the update
             if found:
                 self.record("inspect", **found)
                 self.tick(gradient_seconds + sum(found["milliseconds"].values()) / 1000)
             else:
                 self.tick(time.perf_counter() - begin)
             self.record("train", loss=loss, lr=lr, grad_norm=norm, seconds=progress.seconds)
-            last = progress.step == train.steps
-            if progress.step % train.eval_every == 0 or last:
-                self.evaluate()
-            if progress.step % train.log_every == 0 or last:
-                self.metrics.say(self.status(loss, lr, norm))
+            val_loss = self.evaluate() if evaluate else None
+            if progress.step % train.log_every == 0 or evaluate:
+                self.metrics.say(self.status(loss, val_loss, lr, norm))
             self.metrics.advance()
+            begin = time.perf_counter()
 
     def gradient(self, inputs: Tensor, targets: Tensor, step: int, lr: float) -> tuple[float, float]:
         """Mean loss and norm of the global gradient, which is left clipped in the parameters; reads the device once."""
@@ -205,12 +213,13 @@ class Run:
             clip_grads_with_norm_(self.model.parameters(), self.config.optim.grad_clip, norm)
         return loss, norm_value
 
-    def evaluate(self) -> None:
+    def evaluate(self) -> float:
         progress = self.progress
         found = evaluate(self.parallel, self.text.val, self.text.token_bytes, self.rt)
         require_finite_evaluation(found.loss, progress.step, checkpoint=None)
         progress.evaluation, progress.best_val_loss = found, min(progress.best_val_loss, found.loss)
         self.record("val", seconds=progress.seconds, **asdict(found))
+        return found.loss
 
     def tick(self, seconds: float) -> None:
         self.progress.seconds += seconds
@@ -229,10 +238,10 @@ class Run:
         share = mfu.utilisation(tokens, self.model.flops_per_token(), name, self.rt.world_size)
         return {"tokens_per_second": tokens, "mfu": share if self.rt.autocast else None}
 
-    def status(self, loss: float, lr: float, norm: float) -> str:
+    def status(self, loss: float, val_loss: float | None, lr: float, norm: float) -> str:
         steps, step = self.config.train.steps, self.progress.step
         left = (steps - step) * (time.perf_counter() - self.started) / step
-        values = {"train_loss": loss, "val_loss": self.progress.evaluation.loss, "lr": lr, "grad_norm": norm}
+        values = {"train_loss": loss, "val_loss": val_loss, "lr": lr, "grad_norm": norm}
         values |= self.speed() | {"memory_gb": self.rt.peak_memory(), "seconds_left": left}
         return status_line(step, steps, values)
 
@@ -265,6 +274,7 @@ class Run:
             "memory_gb": self.rt.peak_memory(),
             "parameters": self.model.count_parameters(),
             "tokenizer": self.text.tokenizer,
+            "source": self.text.source,
             "conventions": conventions(self.config.optim),
         }
 
@@ -337,7 +347,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Config, bool]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: trained; 2: the configuration or the data cannot be run; 3: diverged; 130: interrupted."""
+    """Exit code 0: trained; 2: config or data cannot be run; 3: diverged; 4: out of memory; 130: interrupted."""
     try:
         config, print_only = read_arguments(sys.argv[1:] if arguments is None else arguments)
         if print_only:
@@ -351,9 +361,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(f"error: {error}", 2)
     except NonFiniteError as error:
         return fail(f"diverged: {error}", 3)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return fail(f"out of memory: lower train.micro_batch, the result stays the same ({first_line(error)})", 4)
     except KeyboardInterrupt:
         return fail("interrupted; nothing is left running", 130)
     return 0
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def fail(sentence: str, code: int) -> int:

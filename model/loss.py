@@ -19,10 +19,18 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, voca
 
     features (N, d), weight (V, d) with V >= vocab_size, targets (N,); targets of IGNORE are left out.
     """
-    if features.is_cpu and torch.is_grad_enabled():
+    if not features.is_cpu:
+        return plain_cross_entropy(features, weight, targets, vocab_size)
+    if torch.is_grad_enabled():
         if torch.is_autocast_enabled("cpu"):
             features = features.to(torch.get_autocast_dtype("cpu"))
         return ChunkedCrossEntropy.apply(features, weight, targets, vocab_size)
+    chunks = zip(features.split(ROWS), targets.split(ROWS), strict=True)
+    return sum(plain_cross_entropy(x, weight, y, vocab_size) for x, y in chunks)
+
+
+def plain_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """The same, with all logits at once."""
     logits = F.linear(features, weight)[:, :vocab_size]
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
 

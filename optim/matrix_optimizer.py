@@ -101,7 +101,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._state_dtype = state_dtype
         self._known: set[str | Tensor] = set()  # parameters and their names
         self._buckets: list[Bucket] = []
-        self._direction_hooks: OrderedDict[int, Callable[[list[str], Tensor], None]] = OrderedDict()
+        self._direction_hooks: OrderedDict[int, Callable[[list[str], list[Tensor]], None]] = OrderedDict()
         super().__init__(params, defaults)
 
     # ---- the part of a subclass --------------------------------------------------------------------------------
@@ -240,18 +240,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
         directions = [directions[i] for i in present]
         for hook in self._direction_hooks.values():
             names = [name for i in present for name in bucket.names[i]]
-            hook(names, torch.stack(directions).view(-1, *bucket.matrix))
+            hook(names, [matrix for d in directions for matrix in d.view(-1, *bucket.matrix)])
         group = bucket.group
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         scale = shape_scale(group["shape_scale"], *bucket.matrix)
         torch._foreach_add_(params, directions, alpha=-group["lr"] * scale)
 
-    def register_direction_hook(self, hook: Callable[[list[str], Tensor], None]) -> RemovableHandle:
-        """Have hook(names, directions) called in each step for each stack (k, m, n), with k names.
+    def register_direction_hook(self, hook: Callable[[list[str], list[Tensor]], None]) -> RemovableHandle:
+        """Have hook(names, directions) called in each step for each stack, with k names and k matrices (m, n).
 
-        The directions are those of all ranks, before shape scale and learning rate; block i of a fused parameter is
-        called name[i].
+        The directions are those of all ranks, before shape scale and learning rate; they are views into the stack, to
+        be copied if kept. Block i of a fused parameter is called name[i].
         """
         handle = RemovableHandle(self._direction_hooks)
         self._direction_hooks[handle.id] = hook

@@ -4,6 +4,10 @@
 environment() {
     if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python -c 'import torch' 2>/dev/null; then
         python=python
+        python -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9))' || {
+            echo "the active environment has torch $(python -c 'import torch; print(torch.__version__)'); 2.9 or newer is needed" >&2
+            exit 1
+        }
     else
         python=.venv/bin/python
         [ -x "$python" ] || new_environment || exit 1
@@ -27,6 +31,7 @@ new_environment() {
     for candidate in python3 python3.12 python3.11; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then
             "$candidate" -m venv .venv && return
+            rm -rf .venv
             echo "cannot make .venv with $candidate; install its venv module (Debian: apt install python3-venv)" >&2
             return 1
         fi

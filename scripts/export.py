@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from model.huggingface import save_pretrained
 from tabulate import tabulate
 
 from data.tokenizers import hf_tokenizer_files
+from model.huggingface import save_pretrained
 from training.config import ConfigError, to_yaml
 from training.finished_run import load_run
 from training.run_directory import read_json
+
+SUMMARY = ("name", "val_loss", "bits_per_byte", "tokenizer", "source", "steps", "seed", "tokens", "train_seconds")
+SUMMARY += ("parameters", "conventions")
 
 CARD = """\
 ---
@@ -55,18 +58,21 @@ def export(run: str | Path, out: str | Path) -> Path:
     """Write the model of a finished run, its tokenizer and its card into the folder `out`."""
     out = Path(out)
     model, text, config = load_run(run)
-    summary, environment = (read_json(Path(run) / f"{name}.json") for name in ("summary", "environment"))
+    summary = read_json(Path(run) / "summary.json", *SUMMARY)
+    environment = read_json(Path(run) / "environment.json", "world_size", "device", "packages")
+    if (out / "config.yaml").exists():
+        raise ConfigError(f"{out} holds a run, whose files an export would replace; choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         save_pretrained(model, out, eot=text.eot)
         hf_tokenizer_files(text, out)
-        (out / "README.md").write_text(card(summary, environment, to_yaml(config), config.data.path), encoding="utf-8")
+        (out / "README.md").write_text(card(summary, environment, to_yaml(config)), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error.strerror}; choose another folder") from error
     return out
 
 
-def card(summary: dict[str, Any], environment: dict[str, Any], config: str, source: str) -> str:
+def card(summary: dict[str, Any], environment: dict[str, Any], config: str) -> str:
     """The model card, from the run's summary and environment."""
     git = environment.get("git") or {}
     results = {
@@ -83,11 +89,12 @@ def card(summary: dict[str, Any], environment: dict[str, Any], config: str, sour
     metadata = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2", "muon"]}
     return CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False),
-        source=source,
         config=config,
         results=tabulate(results.items(), headers=("", summary["name"]), tablefmt="github", disable_numparse=True),
-        conventions="\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in summary["conventions"].items()),
-        **{key: summary[key] for key in ("name", "parameters", "tokens")},
+        conventions="\n".join(
+            f"- {key.replace('_', ' ')}: {value}" for key, value in summary["conventions"].items() if key != "iteration"
+        ),
+        **{key: summary[key] for key in ("name", "parameters", "tokens", "source")},
     )
 
 

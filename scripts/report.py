@@ -1,30 +1,35 @@
 """Validation loss against learning rate, from finished runs: `python -m scripts.report logs/quickstart --out OUT`.
 
 Finds every run directory below the folders given and writes into OUT: runs.csv (one line a run), table.md (mean and
-standard deviation over the seeds for each method and learning rate) and loss_vs_lr.png.
+standard deviation over the seeds for each method and learning rate) and loss_vs_lr.png. Runs are one method only if
+nothing but seed and learning rate differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import math
 import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
 from training.config import ConfigError, load_config
 from training.run_directory import config_of, read_json
 
+# What may differ between runs of one line in the figure: the seed, the axis, and what does not touch the result.
+ASIDE = {"name", "seed", "run_dir", "optim.matrix.lr", "train.log_every", "train.eval_every", "train.inspect_every"}
+ASIDE_SECTIONS = ("sample.", "wandb.")
+
 
 @dataclass(frozen=True)
 class Result:
-    """One finished run."""
+    """One run that ended; a diverged one has no loss."""
 
     method: str
     lr: float
@@ -39,20 +44,44 @@ class Result:
 
 
 def read_results(folders: Iterable[str | Path]) -> list[Result]:
-    """Every run below the folders that has a summary; a diverged run is kept, without a loss."""
+    """Every completed or diverged run below the folders; others are left out, with a line that says so.
+
+    A method is named by all in which its configuration differs from the other runs', so that only seeds are averaged.
+    """
     runs = sorted({path.parent for folder in folders for path in Path(folder).rglob("summary.json")})
-    if not runs:
+    keys = ("status", "seed", "val_loss", "bits_per_byte", "steps", "tokens", "train_seconds")
+    ended = []
+    for run in runs:
+        summary = read_json(run / "summary.json", *keys)
+        if summary["status"] in ("completed", "diverged"):
+            ended.append((run, flatten(asdict(load_config(config_of(run)))), summary))
+        else:
+            print(f"left out: {run}, which {summary['status']}", file=sys.stderr)
+    if not ended:
         raise ConfigError(f"no finished run lies below {', '.join(map(str, folders))}")
-    return [_read(run) for run in runs]
+    settings = [setting for _, setting, _ in ended]
+    varied = [key for key in settings[0] if key not in ASIDE and not key.startswith(ASIDE_SECTIONS)]
+    varied = [key for key in varied if len({repr(setting[key]) for setting in settings}) > 1]
+    return [_result(run, setting, summary, varied) for run, setting, summary in ended]
 
 
-def _read(run: Path) -> Result:
-    matrix = load_config(config_of(run)).optim.matrix
-    summary = read_json(run / "summary.json")
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _result(run: Path, setting: dict[str, Any], summary: dict[str, Any], varied: Sequence[str]) -> Result:
+    muon = setting["optim.matrix.optimizer"] == "muon"
+    method = f"muon {setting['optim.matrix.orthogonalizer']}" if muon else setting["optim.matrix.optimizer"]
+    named = {"optim.matrix.optimizer", "optim.matrix.orthogonalizer"}
+    others = [f"{key.removeprefix('optim.')}={setting[key]}" for key in varied if key not in named]
     completed = summary["status"] == "completed"
     return Result(
-        method=matrix.optimizer if matrix.optimizer != "muon" else f"muon {matrix.orthogonalizer}",
-        lr=matrix.lr,
+        method=" ".join([method, *others]),
+        lr=setting["optim.matrix.lr"],
         seed=summary["seed"],
         val_loss=summary["val_loss"] if completed else None,
         bits_per_byte=summary["bits_per_byte"] if completed else None,
@@ -66,29 +95,31 @@ def _read(run: Path) -> Result:
 
 @dataclass(frozen=True)
 class Point:
-    """The seeds of one method at one learning rate; sd is None for a single seed."""
+    """The seeds of one method at one learning rate; mean is None where one of them diverged, sd where there is one."""
 
     method: str
     lr: float
-    mean: float
+    mean: float | None
     sd: float | None
     seeds: int
 
 
 def points(results: Sequence[Result]) -> list[Point]:
-    """Mean and sample standard deviation of the final validation loss; a diverged seed makes a point's mean NaN."""
-    losses: dict[tuple[str, float], list[float]] = defaultdict(list)
+    """Mean and sample standard deviation of the final validation loss over the seeds."""
+    losses: dict[tuple[str, float], list[float | None]] = defaultdict(list)
     for result in results:
-        losses[result.method, result.lr].append(math.nan if result.val_loss is None else result.val_loss)
-    return [
-        Point(method, lr, statistics.fmean(seeds), statistics.stdev(seeds) if len(seeds) > 1 else None, len(seeds))
-        for (method, lr), seeds in sorted(losses.items())
-    ]
+        losses[result.method, result.lr].append(result.val_loss)
+    rows = []
+    for (method, lr), seeds in sorted(losses.items()):
+        mean = None if None in seeds else statistics.fmean(seeds)
+        sd = None if None in seeds or len(seeds) == 1 else statistics.stdev(seeds)
+        rows.append(Point(method, lr, mean, sd, len(seeds)))
+    return rows
 
 
 def best_points(rows: Sequence[Point]) -> list[Point]:
     """The point of lowest mean loss of each method; none for a method that diverged everywhere."""
-    finite = [p for p in rows if math.isfinite(p.mean)]
+    finite = [p for p in rows if p.mean is not None]
     methods = dict.fromkeys(p.method for p in finite)
     return [min((p for p in finite if p.method == method), key=lambda p: p.mean) for method in methods]
 
@@ -98,7 +129,7 @@ def table(rows: Sequence[Point]) -> str:
     best = best_points(rows)
     lines = []
     for p in rows:
-        mean = "diverged" if math.isnan(p.mean) else f"**{p.mean:.4f}**" if p in best else f"{p.mean:.4f}"
+        mean = "diverged" if p.mean is None else f"**{p.mean:.4f}**" if p in best else f"{p.mean:.4f}"
         lines.append((p.method, f"{p.lr:g}", mean, "" if p.sd is None else f"{p.sd:.4f}", p.seeds))
     headers = ("method", "learning rate", "validation loss", "standard deviation", "seeds")
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
@@ -114,8 +145,9 @@ def figure(rows: Sequence[Point], path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for method in dict.fromkeys(p.method for p in rows):
-        lrs, means, sds = zip(*((p.lr, p.mean, p.sd or 0) for p in rows if p.method == method), strict=True)
+    finite = [p for p in rows if p.mean is not None]
+    for method in dict.fromkeys(p.method for p in finite):
+        lrs, means, sds = zip(*((p.lr, p.mean, p.sd or 0) for p in finite if p.method == method), strict=True)
         axes.errorbar(lrs, means, sds, marker="o", capsize=3, label=method)
     axes.set(xscale="log", title=title)
     axes.set(xlabel="learning rate of the hidden matrices", ylabel="validation loss (nats per token)")
@@ -141,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = points(results)
         (options.out / "table.md").write_text(table(rows) + "\n")
         figure(rows, options.out / "loss_vs_lr.png", options.title)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(rows))

@@ -40,6 +40,7 @@ def test_a_run_learns_and_leaves_everything_it_was_made_from(tiny, tmp_path, cap
     assert set(summary["conventions"]) == {
         "momentum",
         "orthogonalizer",
+        "iteration",
         "shape_scale",
         "weight_decay",
         "adamw_shares_lr",
@@ -151,7 +152,8 @@ def test_wandb_that_breaks_does_not_stop_the_run(tiny, tmp_path, monkeypatch, ca
         raise OSError("no space left")
 
     run = types.SimpleNamespace(log=log, url=None)
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run, Settings=lambda **_: None))
+    broken = types.SimpleNamespace(init=lambda **_: run, login=lambda **_: True, Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", broken)
     assert train_gpt2.main([*tiny, "wandb.mode=online"]) == 0
     assert capsys.readouterr().err.count("no space left") == 1
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "completed"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -31,6 +32,13 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_positive(section: Any, name: str, *keys: str) -> None:
+    """Refuse a value of one of the keys that is neither null nor above 0."""
+    for key in keys:
+        value = getattr(section, key)
+        _require(value is None or 0 < value < math.inf, f"{name}.{key} must be positive, got {value}")
+
+
 @dataclass
 class ModelConfig:
     """The model: GPT-2 as published."""
@@ -48,6 +56,9 @@ class ModelConfig:
     vocab_multiple: int = 128
     """The embedding is padded to a multiple of this for speed; the loss never sees the padding. 1 pads nothing."""
 
+    def __post_init__(self) -> None:
+        _require_positive(self, "model", "layers", "heads", "width", "context", "vocab_multiple")
+
 
 @dataclass
 class DataConfig:
@@ -61,6 +72,9 @@ class DataConfig:
     """Visit the sequences of each epoch in a seeded random order instead of the order on disk."""
     val_tokens: int | None = None
     """Validation tokens of every evaluation, the first of the validation split; null takes all."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "data", "epochs", "val_tokens")
 
 
 @dataclass
@@ -136,6 +150,9 @@ class OptimConfig:
     grad_clip: float | None = 1.0
     """Largest global norm of the gradient, applied before any optimizer sees it and never to an update; null is off."""
 
+    def __post_init__(self) -> None:
+        _require_positive(self, "optim", "grad_clip")
+
 
 @dataclass
 class ScheduleConfig:
@@ -182,8 +199,7 @@ class TrainConfig:
     """torch.compile of the model; auto is true for GPUs only, since it rarely pays on CPUs."""
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_tokens", "micro_batch", "eval_every", "log_every"):
-            _require(getattr(self, key) > 0, f"train.{key} must be positive, got {getattr(self, key)}")
+        _require_positive(self, "train", "steps", "batch_tokens", "micro_batch", "eval_every", "log_every")
         _require(self.inspect_every >= 0, f"train.inspect_every must not be negative, got {self.inspect_every}")
 
 
@@ -201,6 +217,12 @@ class SampleConfig:
     """Sample among this many likeliest tokens; null is all."""
     top_p: float | None = None
     """Sample among the likeliest tokens that together hold this probability; null is all."""
+
+    def __post_init__(self) -> None:
+        _require(self.tokens >= 0, f"sample.tokens must not be negative, got {self.tokens}")
+        _require(0 <= self.temperature < math.inf, f"sample.temperature must not be negative, got {self.temperature}")
+        _require_positive(self, "sample", "top_k", "top_p")
+        _require(self.top_p is None or self.top_p <= 1, f"sample.top_p must be at most 1, got {self.top_p}")
 
 
 @dataclass
@@ -243,6 +265,7 @@ class Config:
     """Weights & Biases."""
 
     def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**63, f"seed must lie between 0 and 2^63, got {self.seed}")
         tokens, context = self.train.batch_tokens, self.model.context
         _require(
             tokens % context == 0,
@@ -342,7 +365,8 @@ def _as_option(text: str) -> str:
 
 
 def _nest(dotted: str) -> dict[str, Any]:
-    value: Any = None
+    """The key as a section of sections, with ... for the value."""
+    value: Any = ...
     for part in reversed(dotted.split(".")):
         value = {part: value}
     return value
@@ -350,11 +374,13 @@ def _nest(dotted: str) -> dict[str, Any]:
 
 def _check_keys(values: dict[str, Any], where: str, kind: type = Config, prefix: str = "") -> None:
     """Refuse, at any depth, a key that no dataclass has, with the nearest valid one, and a value for a section."""
-    fields = {f.name: f.default_factory for f in dataclasses.fields(kind)}
+    fields = {f.name: f for f in dataclasses.fields(kind)}
     for key, value in values.items():
         if key not in fields:
             raise ConfigError(f"unknown key {prefix}{key} in {where}{nearest(prefix + str(key), all_keys())}")
-        if dataclasses.is_dataclass(section := fields[key]):
+        if value is None and "None" not in fields[key].type:  # the parser would take it for "not given"
+            raise ConfigError(f"{prefix}{key} in {where} must not be null; its type is {fields[key].type}")
+        if dataclasses.is_dataclass(section := fields[key].default_factory):
             if not isinstance(value, dict):
                 keys = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(section))
                 raise ConfigError(f"{prefix}{key} in {where} is a section, not a value; its keys are {keys}")
@@ -382,4 +408,6 @@ def _one_sentence(error: Exception) -> str:
     """A parser's message on one line, without the names of Python classes."""
     text = " ".join(str(error).split())
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace("typing.", "")
+    union = r"Does not validate against any of the Union subtypes Subtypes: \[(.*?\]?)\] Errors: .* Given value: (.*)"
+    text = re.sub(union, r"Expected one of \1. Got value: \2", text)
     return re.sub(r'^Parser key "([^"]+)":', r"\1:", text)

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 import torch
-from model.generate import generate
 from safetensors.torch import load_file, save_file
 
 from data.tokenizers import Tokenizer, tokenizer
+from model.generate import generate
 from model.gpt2 import GPT2, PRESETS, GPT2Config
 from training.config import Config, ConfigError, ModelConfig, SampleConfig, load_config
 from training.run_directory import config_of, read_json
@@ -20,7 +20,8 @@ WEIGHTS = "model.safetensors"
 
 def model_config(config: ModelConfig, vocab_size: int) -> GPT2Config:
     """Sizes of the model: the preset's where the configuration has none of its own."""
-    sizes = {key: getattr(config, key) or preset for key, preset in PRESETS[config.preset].items()}
+    own = {key: getattr(config, key) for key in PRESETS[config.preset]}
+    sizes = PRESETS[config.preset] | {key: size for key, size in own.items() if size is not None}
     try:
         return GPT2Config(
             vocab_size=vocab_size, context=config.context, vocab_multiple=config.vocab_multiple, **sizes
@@ -40,9 +41,9 @@ def load_run(run_dir: str | Path, device: str | torch.device = "cpu") -> tuple[G
     """Model, tokenizer and configuration of a finished run; raises ConfigError when it is none."""
     run_dir = Path(run_dir)
     config = load_config(config_of(run_dir))
-    summary = read_json(run_dir / "summary.json")
+    summary = read_json(run_dir / "summary.json", "status", "tokenizer")
     if not (run_dir / WEIGHTS).is_file():
-        raise ConfigError(f"{run_dir} has no {WEIGHTS}: the run ended as {summary.get('status', 'unknown')!r}")
+        raise ConfigError(f"{run_dir} has no {WEIGHTS}: the run ended as {summary['status']!r}")
     text = tokenizer(summary["tokenizer"])
     model = GPT2(model_config(config.model, text.vocab_size))
     try:

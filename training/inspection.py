@@ -29,9 +29,10 @@ def inspect_step(
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     sampled: dict[str, tuple[str, Tensor]] = {}
 
-    def sample(names: list[str], directions: Tensor) -> None:
+    def sample(names: list[str], directions: list[Tensor]) -> None:
         middle = len(directions) // 2
-        sampled.setdefault("x".join(map(str, directions.shape[-2:])), (names[middle], directions[middle].clone()))
+        shape = "x".join(map(str, directions[middle].shape))
+        sampled.setdefault(shape, (names[middle], directions[middle].clone()))
 
     hooks = [o.register_direction_hook(sample) for o in optimizers.values() if isinstance(o, MatrixOptimizer)]
     milliseconds = {}

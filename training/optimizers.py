@@ -85,7 +85,8 @@ def conventions(config: OptimConfig) -> dict[str, Any]:
         return {"optimizer": matrix.optimizer, "adamw_shares_lr": config.adamw.lr is None}
     return {
         "momentum": f"{matrix.momentum_form} {matrix.momentum}{' nesterov' if matrix.nesterov else ''}",
-        "orthogonalizer": repr(build_orthogonalizer(matrix)),
+        "orthogonalizer": matrix.orthogonalizer,
+        "iteration": repr(build_orthogonalizer(matrix)),  # its coefficients, margin and dtype
         "shape_scale": matrix.shape_scale,
         "weight_decay": matrix.weight_decay,
         "adamw_shares_lr": config.adamw.lr is None,

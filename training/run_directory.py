@@ -3,8 +3,7 @@
     config.yaml        the resolved configuration          environment.json   machine, versions, command, git commit
     source.zip         the source text of the run          git.diff           uncommitted changes, where there were any
     metrics.jsonl      one line a step and evaluation      summary.json       the result
-    model.safetensors  the trained weights                 tokenizer.json     which tokenizer the tokens came from
-    sample.txt         text sampled from the model
+    model.safetensors  the trained weights                 sample.txt         text sampled from the model
 """
 
 from __future__ import annotations
@@ -72,14 +71,18 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file of a run; raises ConfigError with one sentence."""
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Read a JSON object of a run that must have `keys`; raises ConfigError with one sentence."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; has the run finished?") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    missing = [key for key in keys if key not in values] if isinstance(values, dict) else ["an object"]
+    if missing:
+        raise ConfigError(f"{path} lacks {', '.join(missing)}; was it edited, or written by another version?")
+    return values
 
 
 def _environment(runtime: Runtime) -> dict[str, Any]:

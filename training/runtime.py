@@ -91,12 +91,14 @@ def start(config: TrainConfig) -> Iterator[Runtime]:
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+    autocast = torch.bfloat16 if _use_bf16(config.precision, device) else None
+    # beside bf16, TF32 for what autocast leaves in float32, as in the paper's runs; fp32 means fp32
+    torch.set_float32_matmul_precision("high" if autocast else "highest")
     runtime = Runtime(
         device=device,
         rank=int(os.environ.get("RANK", 0)),
         world_size=world_size,
-        autocast=torch.bfloat16 if _use_bf16(config.precision, device) else None,
+        autocast=autocast,
         compile=device.type == "cuda" if config.compile == "auto" else config.compile,
     )
     runtime.print(describe(runtime))

@@ -56,6 +56,9 @@ def start_tracker(config: Config, run_dir: Path, enabled: bool) -> NoTracker:
     try:
         import wandb
 
+        # asked here, because wandb.init would ask at the terminal and wait
+        if config.wandb.mode == "online" and not wandb.login(prompt=False):
+            raise RuntimeError("no API key is known; run `wandb login` once, or use wandb.mode=offline")
         matrix = config.optim.matrix
         method = matrix.orthogonalizer if matrix.optimizer == "muon" else matrix.optimizer
         run = wandb.init(

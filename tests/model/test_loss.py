@@ -42,6 +42,15 @@ def test_autocast_rounds_the_factors_and_nothing_after_the_logits():
     assert loss.item() == pytest.approx(F.cross_entropy(logits, targets, reduction="sum").item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1, ROWS, 2 * ROWS + 1])
+def test_without_gradients_the_loss_is_the_same(tokens):
+    features, weight, targets = problem(tokens)
+    targets[1::3] = IGNORE
+    with torch.no_grad():
+        loss = linear_cross_entropy(features, weight, targets, len(weight))
+    assert loss.item() == pytest.approx(exact(features, weight, targets)[0].item(), rel=1e-5)
+
+
 def test_targets_all_left_out_give_zero():
     features, weight, targets = problem(10)
     loss = linear_cross_entropy(features, weight, torch.full_like(targets, IGNORE), len(weight))

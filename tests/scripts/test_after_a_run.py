@@ -2,7 +2,7 @@
 
 import csv
 import json
-import math
+import shutil
 import statistics
 
 import pytest
@@ -53,7 +53,23 @@ def test_an_export_gives_transformers_the_same_logits_and_tokens(run, tmp_path):
     summary = json.loads((run / "summary.json").read_text())
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{summary['val_loss']:.4f}" in card and "polar_express" in card
-    assert "{" not in card.split("## Configuration")[0].replace("Schedule", "")
+    assert "{" not in card.split("## Configuration")[0] and summary["source"] in card
+
+
+def test_an_export_never_replaces_a_run(run, capsys):
+    assert export.main([str(run), str(run)]) == 2
+    assert "holds a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["summary.json", "environment.json"])
+@pytest.mark.parametrize("content", ["{}", "[]", "{", ""])
+def test_a_damaged_run_is_told_in_one_sentence(run, tmp_path, capsys, name, content):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / name).write_text(content)
+    assert export.main([str(copy), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and name in error
 
 
 def test_push_uploads_the_exported_folder(run, tmp_path, monkeypatch):
@@ -82,10 +98,10 @@ def test_push_that_fails_says_where_the_model_lies(run, tmp_path, monkeypatch, c
     assert f"the exported model lies in {tmp_path / 'out'}" in capsys.readouterr().err
 
 
-def fake_run(root, name, method, lr, seed, loss, status="completed"):
+def fake_run(root, name, method, lr, seed, loss, status="completed", more=""):
     path = root / name
     path.mkdir(parents=True)
-    (path / "config.yaml").write_text(f"optim: {{matrix: {{orthogonalizer: {method}, lr: {lr}}}}}\n")
+    (path / "config.yaml").write_text(f"optim: {{matrix: {{orthogonalizer: {method}, lr: {lr}}}}}\n{more}")
     values = {"val_loss": loss, "bits_per_byte": 1.0, "steps": 3, "tokens": 9, "train_seconds": 1.0}
     (path / "summary.json").write_text(json.dumps({"status": status, "seed": seed, **values}))
 
@@ -96,18 +112,27 @@ def test_report_means_and_deviations_over_seeds(tmp_path, capsys):
     for (method, lr), seeds in losses.items():
         for seed, loss in enumerate(seeds):
             fake_run(tmp_path / "runs", f"{method}-{lr}-{seed}", method, lr, seed, loss)
-    fake_run(tmp_path / "runs", "svd-1-0", "svd", 1.0, 0, 9.9, status="diverged")
+    for seed, status in enumerate(("diverged", "completed")):
+        fake_run(tmp_path / "runs", f"svd-1-{seed}", "svd", 1.0, seed, 9.9, status=status)
+    fake_run(tmp_path / "runs", "svd-2", "svd", 0.01, 2, 7.7, status="interrupted")
     assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
 
     rows = {(p.method, p.lr): p for p in report.points(report.read_results([tmp_path / "runs"]))}
     for (method, lr), seeds in losses.items():
         point = rows[f"muon {method}", lr]
         assert point.mean == pytest.approx(sum(seeds) / 2) and point.sd == pytest.approx(statistics.stdev(seeds))
-    assert math.isnan(rows["muon svd", 1.0].mean)
+    assert (rows["muon svd", 1.0].mean, rows["muon svd", 1.0].sd) == (None, None)
     table = capsys.readouterr().out
     assert "**2.9500**" in table and "**2.8500**" in table and "diverged" in table and "9.9" not in table
-    assert len(list(csv.DictReader((tmp_path / "out" / "runs.csv").open()))) == 7
+    assert len(list(csv.DictReader((tmp_path / "out" / "runs.csv").open()))) == 8
     assert (tmp_path / "out" / "loss_vs_lr.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_averages_seeds_only(tmp_path):
+    for seed, more in enumerate(("", "train: {steps: 7}\n", "train: {steps: 7, log_every: 3}\n")):
+        fake_run(tmp_path, f"run{seed}", "jordan", 0.01, seed, 3.0 + seed, more=more)
+    found = {p.method: (p.mean, p.seeds) for p in report.points(report.read_results([tmp_path]))}
+    assert found == {"muon jordan train.steps=1000": (3.0, 1), "muon jordan train.steps=7": (4.5, 2)}
 
 
 def test_report_on_nothing_says_so(tmp_path, capsys):

@@ -40,9 +40,18 @@ def test_init_that_raises_yields_no_tracker(monkeypatch, tmp_path, capsys):
     def init(**_):
         raise RuntimeError("no\nnetwork")
 
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=lambda **_: None))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, login=lambda **_: True, Settings=dict))
     assert type(start_tracker(config("online"), tmp_path, True)) is NoTracker
     assert capsys.readouterr().err == "warning: the run goes on without wandb: no network\n"
+
+
+def test_online_without_a_key_neither_asks_nor_stops(monkeypatch, tmp_path, capsys):
+    def init(**_):
+        raise AssertionError("init would ask for a key")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, login=lambda prompt: prompt))
+    assert type(start_tracker(config("online"), tmp_path, True)) is NoTracker
+    assert "wandb login" in capsys.readouterr().err
 
 
 def test_log_that_raises_turns_tracking_off_after_one_warning(capsys):
