@@ -127,7 +127,6 @@ def backward(model: nn.Module, inputs: Tensor, targets: Tensor, batch_tokens: in
     return total
 
 
-
 def update(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], inspect: bool, rt: Runtime) -> dict | None:
     """Move the weights and drop the gradients; with `inspect`, tell how (see training/inspection.py)."""
     found = None
@@ -341,6 +340,8 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Config, bool]:
     options = parser.parse_intermixed_args(arguments)
     if options.from_run:
         config = run_directory.redo_config(options.from_run, options.overrides)
+        for note in run_directory.changes_since(options.from_run):
+            tell(note)
     else:
         config = load_config(options.config, options.overrides)
     return config, options.print_config
@@ -358,13 +359,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if rt.is_main:
                 tell_result(run_dir, rt.device)
     except (ConfigError, DataError, RoutingError) as error:
-        return fail(f"error: {error}", 2)
+        return tell(f"error: {error}", 2)
     except NonFiniteError as error:
-        return fail(f"diverged: {error}", 3)
+        return tell(f"diverged: {error}", 3)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        return fail(f"out of memory: lower train.micro_batch, the result stays the same ({first_line(error)})", 4)
+        return tell(f"out of memory: lower train.micro_batch, the result stays the same ({first_line(error)})", 4)
     except KeyboardInterrupt:
-        return fail("interrupted; nothing is left running", 130)
+        return tell("interrupted; nothing is left running", 130)
     return 0
 
 
@@ -372,8 +373,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def fail(sentence: str, code: int) -> int:
-    """Say what went wrong once, on rank 0."""
+def tell(sentence: str, code: int = 0) -> int:
+    """Say something on standard error, once, on rank 0; returns the exit code."""
     if os.environ.get("RANK", "0") == "0":
         print(sentence, file=sys.stderr)
     return code

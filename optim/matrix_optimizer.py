@@ -332,8 +332,6 @@ def _check_state(key: str | int, own: dict[str, Tensor], saved: Mapping[str, Ten
         raise ValueError(f"the state of {key!r} must be {list(own)}, not {list(saved)}; was it another optimizer's?")
     for part, tensor in own.items():
         if tensor.shape != saved[part].shape:
-            raise ValueError(
-                f"{part} of {key!r} must have shape {tuple(tensor.shape)}, not {tuple(saved[part].shape)}"
-            )
+            raise ValueError(f"{part} of {key!r} must have shape {tuple(tensor.shape)}, not {tuple(saved[part].shape)}")
         if tensor.dtype != saved[part].dtype:
             raise ValueError(f"{part} of {key!r} must be {tensor.dtype}, not {saved[part].dtype}; see state_dtype")

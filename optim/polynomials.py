@@ -65,9 +65,7 @@ def _minimax_quintic(lower: float, upper: float) -> Row:
     return a, b, c
 
 
-def polar_express(
-    steps: int, *, lower: float, cushion: float, safety: float = 1.0, degree: int = 5
-) -> tuple[Row, ...]:
+def polar_express(steps: int, *, lower: float, cushion: float, safety: float = 1.0, degree: int = 5) -> tuple[Row, ...]:
     """The best composition of `steps` odd polynomials on [lower, 1], greedily: each row is minimax on the image so far.
 
     arXiv 2505.16932, theorem 3.1 and algorithm 1, with its two safeguards for half precision:

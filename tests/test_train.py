@@ -76,11 +76,25 @@ def test_the_same_seed_gives_the_same_run_and_accumulation_changes_nothing(tiny,
     assert a == pytest.approx(c, abs=1e-4)
 
 
-def test_a_run_is_redone_from_its_directory(tiny, tmp_path):
+def test_a_run_redone_with_other_source_or_tokens_says_so(tiny, tmp_path, capsys):
+    assert train_gpt2.main(tiny) == 0
+    run = tmp_path / "run"
+    with zipfile.ZipFile(run / "source.zip", "w") as archive:
+        archive.writestr("train_gpt2.py", "another story")
+    (run / "data_manifest.json").write_text("{}")
+    capsys.readouterr()
+    assert train_gpt2.main(["--from-run", str(run), "--print-config"]) == 0
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 2
+    assert "train_gpt2.py changed" in notes[0] and "manifest.json is not that of the run" in notes[1]
+
+
+def test_a_run_is_redone_from_its_directory(tiny, tmp_path, capsys):
     assert train_gpt2.main(tiny) == 0
     assert train_gpt2.main(["--from-run", str(tmp_path / "run"), f"run_dir={tmp_path / 'again'}"]) == 0
     first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "again"))
     assert all(torch.equal(first[name], again[name]) for name in first)
+    assert "note:" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

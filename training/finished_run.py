@@ -23,9 +23,7 @@ def model_config(config: ModelConfig, vocab_size: int) -> GPT2Config:
     own = {key: getattr(config, key) for key in PRESETS[config.preset]}
     sizes = PRESETS[config.preset] | {key: size for key, size in own.items() if size is not None}
     try:
-        return GPT2Config(
-            vocab_size=vocab_size, context=config.context, vocab_multiple=config.vocab_multiple, **sizes
-        )
+        return GPT2Config(vocab_size=vocab_size, context=config.context, vocab_multiple=config.vocab_multiple, **sizes)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
 

@@ -1,9 +1,10 @@
 """The run directory: everything a run was made from and everything it made, so that it can be redone from it.
 
-    config.yaml        the resolved configuration          environment.json   machine, versions, command, git commit
-    source.zip         the source text of the run          git.diff           uncommitted changes, where there were any
-    metrics.jsonl      one line a step and evaluation      summary.json       the result
-    model.safetensors  the trained weights                 sample.txt         text sampled from the model
+config.yaml        the resolved configuration          environment.json   machine, versions, command, git commit
+source.zip         the source text of the run          git.diff           uncommitted changes, where there were any
+data_manifest.json what the tokens were
+metrics.jsonl      one line a step and evaluation      summary.json       the result
+model.safetensors  the trained weights                 sample.txt         text sampled from the model
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from training.runtime import Runtime, device_name
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROOMS = ("configs", "data", "model", "optim", "scripts", "training")
+DATA_MANIFEST = "data_manifest.json"
 PACKAGES = ("torch", "numpy", "tiktoken", "triton", "wandb", "datasets")
 
 
@@ -45,6 +47,7 @@ def create(config: Config, runtime: Runtime) -> Path:
         (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         write_json(path / "environment.json", _environment(runtime))
         _write_source(path)
+        (path / DATA_MANIFEST).write_bytes(Path(config.data.path, "manifest.json").read_bytes())
     except OSError as error:
         raise ConfigError(f"cannot write the run directory {path}: {error.strerror}; choose another run_dir") from error
     return path
@@ -62,6 +65,25 @@ def redo_config(run: str | Path, overrides: list[str]) -> Config:
     """The configuration of a finished run with overrides, for a new directory beside it."""
     own_dir = [] if any(text.startswith("run_dir=") for text in overrides) else ["run_dir=null"]
     return load_config(config_of(run), [*own_dir, *overrides])
+
+
+def changes_since(run: str | Path) -> list[str]:
+    """What a run done once more from `run` would not have in common with it: source text or tokens, a sentence each."""
+    run, notes = Path(run), []
+    if (run / "source.zip").is_file():
+        with zipfile.ZipFile(run / "source.zip") as archive:
+            changed = [name for name in archive.namelist() if not _same(REPOSITORY / name, archive.read(name))]
+        if changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            notes.append(f"note: {changed[0]}{more} changed since the run, whose source lies in {run / 'source.zip'}")
+    path = Path(load_config(config_of(run)).data.path, "manifest.json")
+    if (run / DATA_MANIFEST).is_file() and not _same(path, (run / DATA_MANIFEST).read_bytes()):
+        notes.append(f"note: {path} is not that of the run, {run / DATA_MANIFEST}: expect another result")
+    return notes
+
+
+def _same(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
