@@ -144,7 +144,7 @@ def figure(rows: Sequence[Point], path: Path, title: str) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    fig, axes = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
     finite = [p for p in rows if p.mean is not None]
     for method in dict.fromkeys(p.method for p in finite):
         lrs, means, sds = zip(*((p.lr, p.mean, p.sd or 0) for p in finite if p.method == method), strict=True)
@@ -152,7 +152,7 @@ def figure(rows: Sequence[Point], path: Path, title: str) -> None:
     axes.set(xscale="log", title=title)
     axes.set(xlabel="learning rate of the hidden matrices", ylabel="validation loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    fig.legend(loc="outside lower center")  # long names would cover the lines
     fig.savefig(path, dpi=160)
     plt.close(fig)
 
