@@ -165,7 +165,7 @@ def test_wandb_that_breaks_does_not_stop_the_run(tiny, tmp_path, monkeypatch, ca
     def log(*_, **__):
         raise OSError("no space left")
 
-    run = types.SimpleNamespace(log=log, url=None)
+    run = types.SimpleNamespace(log=log)
     broken = types.SimpleNamespace(init=lambda **_: run, login=lambda **_: True, Settings=dict)
     monkeypatch.setitem(sys.modules, "wandb", broken)
     assert train_gpt2.main([*tiny, "wandb.mode=online"]) == 0

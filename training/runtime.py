@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -40,7 +40,7 @@ class Runtime:
         if self.is_main:
             print(*text, flush=True)
 
-    def precision(self):
+    def precision(self) -> AbstractContextManager:
         """The autocast context of a forward pass."""
         return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from training.config import Config
 
 class NoTracker:
     """Tracks nothing: the null object that lets the loop log without asking."""
-
-    url: str | None = None
 
     def log(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         pass
@@ -30,7 +28,6 @@ class WandbTracker(NoTracker):
 
     def __init__(self, run: Any) -> None:
         self._run = run
-        self.url = getattr(run, "url", None)
 
     def log(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         self._guard(lambda: self._run.log({kind: dict(values)}, step=step))
@@ -39,7 +36,7 @@ class WandbTracker(NoTracker):
         self._guard(lambda: self._run.summary.update(dict(summary)))
         self._guard(lambda: self._run.finish())
 
-    def _guard(self, action) -> None:
+    def _guard(self, action: Callable[[], object]) -> None:
         if self._run is None:
             return
         try:
