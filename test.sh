@@ -9,4 +9,4 @@ environment requirements.txt requirements-extra.txt requirements-test.txt
 select=(-m "not slow")
 if [ "${1:-}" = --slow ]; then select=(); shift; fi
 "$python" -m ruff check .
-OMP_NUM_THREADS=1 exec "$python" -m pytest "${select[@]}" "$@"
+OMP_NUM_THREADS=1 exec "$python" -m pytest ${select[@]+"${select[@]}"} "$@"

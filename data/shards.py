@@ -171,8 +171,8 @@ def describe_shard(path: Path, split: str, tokenizer: str) -> Shard:
     return Shard(path.name, split, len(tokens), sha256(path))
 
 
-def verify(directory: str | Path, hash: bool = True) -> Manifest:
-    """The manifest, once each shard agrees with it: header, size and token count, and with `hash` every byte."""
+def verify(directory: str | Path) -> Manifest:
+    """The manifest, once each shard agrees with it: header, size, token count and every byte."""
     manifest = load_manifest(directory)
 
     def check(shard: Shard) -> None:
@@ -181,7 +181,7 @@ def verify(directory: str | Path, hash: bool = True) -> Manifest:
             raise DataError(
                 f"shard {path} has {count:,} tokens, {MANIFEST} says {shard.tokens:,}; prepare the data again"
             )
-        if hash and describe_shard(path, shard.split, manifest.tokenizer) != shard:
+        if describe_shard(path, shard.split, manifest.tokenizer) != shard:
             raise DataError(f"shard {path} is damaged: its sha256 is not that in {MANIFEST}; prepare the data again")
 
     in_parallel(check, manifest.shards)

@@ -89,6 +89,13 @@ def test_a_run_redone_with_other_source_or_tokens_says_so(tiny, tmp_path, capsys
     assert "train_gpt2.py changed" in notes[0] and "manifest.json is not that of the run" in notes[1]
 
 
+def test_a_damaged_source_archive_is_told_in_one_sentence(tiny, tmp_path, capsys):
+    assert train_gpt2.main(tiny) == 0
+    (tmp_path / "run" / "source.zip").write_bytes(b"PK no archive")
+    assert train_gpt2.main(["--from-run", str(tmp_path / "run"), "--print-config"]) == 2
+    assert "source.zip is damaged" in last_line(capsys)
+
+
 def test_a_run_is_redone_from_its_directory(tiny, tmp_path, capsys):
     assert train_gpt2.main(tiny) == 0
     assert train_gpt2.main(["--from-run", str(tmp_path / "run"), f"run_dir={tmp_path / 'again'}"]) == 0

@@ -71,8 +71,11 @@ def changes_since(run: str | Path) -> list[str]:
     """What a run done once more from `run` would not have in common with it: source text or tokens, a sentence each."""
     run, notes = Path(run), []
     if (run / "source.zip").is_file():
-        with zipfile.ZipFile(run / "source.zip") as archive:
-            changed = [name for name in archive.namelist() if not _same(REPOSITORY / name, archive.read(name))]
+        try:
+            with zipfile.ZipFile(run / "source.zip") as archive:
+                changed = [name for name in archive.namelist() if not _same(REPOSITORY / name, archive.read(name))]
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"{run / 'source.zip'} is damaged ({error}); remove it to do the run again") from error
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             notes.append(f"note: {changed[0]}{more} changed since the run, whose source lies in {run / 'source.zip'}")

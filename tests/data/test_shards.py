@@ -144,15 +144,6 @@ def test_verify_names_the_harmed_shard(shard_set, harm, sentence):
         verify(directory)
 
 
-def test_without_hash_the_content_is_not_read(shard_set):
-    directory = shard_set(train=[[1, 2, 3]])
-    damage_content(directory)
-    verify(directory, hash=False)
-    cut_off(directory)
-    with pytest.raises(DataError, match="cut off"):
-        verify(directory, hash=False)
-
-
 def test_tokens_beyond_the_tokenizer_are_refused(shard_set):
     directory = shard_set(train=[[1, 257, 256]])
     write_manifest(directory, replace(load_manifest(directory), tokenizer="gpt2-256"))
