@@ -35,6 +35,7 @@ from training import mfu, run_directory, runtime
 from training.config import Config, ConfigError, key_help, load_config, to_yaml
 from training.evaluation import Evaluation, evaluate
 from training.finished_run import load_run, model_config, sample_text, save_weights
+from training.gradients import save_gradients
 from training.guard import NonFiniteError, require_finite, require_finite_evaluation
 from training.inspection import inspect_step
 from training.metrics import Metrics, duration, status_line
@@ -162,7 +163,7 @@ class Run:
         self.config, self.rt = config, rt
         self.text = open_text(config, rt)
         self.model, self.parallel = build_model(config, self.text.vocab_size, rt)
-        self.optimizers = build_optimizers(self.model, config.optim)
+        self.optimizers = build_optimizers(self.model, config.optim, compile=rt.compile)
         self.progress = Progress()
         self.started = time.perf_counter()
         self.dir: Path = rt.on_main(lambda: run_directory.create(config, rt))
@@ -208,6 +209,8 @@ class Run:
         total, norms = self.rt.sum(summed, norm)  # every rank holds the same reduced gradient, so the same norm
         loss, norm_value = total / self.config.train.batch_tokens, norms / self.rt.world_size
         require_finite(self.model, loss, norm_value, step, lr, checkpoint=None)
+        if self.rt.is_main and step in self.config.train.save_gradients_at:
+            save_gradients(self.model, self.config.optim.rules, self.dir, step, self.config.name)
         if self.config.optim.grad_clip is not None:
             clip_grads_with_norm_(self.model.parameters(), self.config.optim.grad_clip, norm)
         return loss, norm_value

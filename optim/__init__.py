@@ -3,8 +3,9 @@
 from .matrix_optimizer import SHAPE_SCALES, MatrixOptimizer, Spec, shape_scale
 from .muon import Muon, muon_direction
 from .orthogonalizers import ORTHOGONALIZERS, Orthogonalizer, orthogonalizer
-from .polynomials import SCHEDULES, Schedule, minimax, polar_express, schedule
+from .polynomials import minimax, polar_express
 from .routing import Route, RoutingError, Rule, check_coverage, param_groups, route, routing_rows
+from .schedules import SCHEDULES, Schedule, schedule
 
 __all__ = [
     "ORTHOGONALIZERS",

@@ -88,13 +88,19 @@ class MatrixConfig:
     weight_decay: float = 0.0
     """Decoupled decay, p -= lr * weight_decay * p, with the learning rate before any shape scale."""
     orthogonalizer: str = "polar_express"
-    """The map to the polar factor; `python -c 'import optim; print(optim.ORTHOGONALIZERS)'` lists the names."""
-    steps: int | None = 5
-    """Polynomial iterations; null takes the schedule's own number (svd has none)."""
+    """The map to the polar factor: svd, qdwh, zolo_pd, or a schedule; `python -m scripts.schedules` describes them."""
+    steps: int | None = None
+    """Polynomial iterations; null takes the number the schedule was published with (exact methods have none)."""
     dtype: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
     """Precision of the iteration; auto is bf16 where the device is fast in it and fp32 elsewhere."""
     margin: float | None = None
-    """Factor on the Frobenius norm before iterating; null takes the schedule's own."""
+    """Factor on the norm before iterating; null takes the schedule's own."""
+    path: Literal["auto", "plain", "symmetric", "gram"] = "auto"
+    """How the polynomials are applied; auto takes the cheapest for each shape."""
+    normalizer: Literal["frobenius", "power"] | None = None
+    """power lifts what a dominant singular value hides, by one more step; null takes the schedule's own."""
+    allow_unsafe: bool = False
+    """Accept a schedule that one rounding of bf16 can make flip signs or explode."""
     momentum: float = 0.95
     """Decay of the momentum buffer."""
     nesterov: bool = True
@@ -191,16 +197,24 @@ class TrainConfig:
     """Steps between printed status lines (metrics.jsonl holds every step)."""
     inspect_every: int = 250
     """Steps between looks into the optimizer: orthogonality error, update sizes, its milliseconds; 0 is never."""
+    save_gradients_at: tuple[int, ...] = ()
+    """After how many steps the gradients of the hidden matrices, unclipped, are kept in RUN/gradients/ (0: untrained);
+    writing them counts as training time."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto is cuda where there is a GPU, else cpu."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast of the forward pass; auto is bf16 where the device is fast in it and fp32 elsewhere."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile of the model; auto is true for GPUs only, since it rarely pays on CPUs."""
+    """torch.compile of the model and the orthogonalizer; auto is true for GPUs only: it rarely pays on CPUs."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "train", "steps", "batch_tokens", "micro_batch", "eval_every", "log_every")
         _require(self.inspect_every >= 0, f"train.inspect_every must not be negative, got {self.inspect_every}")
+        _require(
+            all(0 <= step < self.steps for step in self.save_gradients_at),
+            f"train.save_gradients_at must name steps from 0 to train.steps - 1 = {self.steps - 1},"
+            f" got {list(self.save_gradients_at)}",
+        )
 
 
 @dataclass

@@ -15,9 +15,12 @@ from optim import Muon, Orthogonalizer, check_coverage, orthogonalizer, param_gr
 from training.config import ConfigError, MatrixConfig, OptimConfig
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig) -> dict[str, torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, config: OptimConfig, *, compile: bool = False
+) -> dict[str, torch.optim.Optimizer]:
     """The optimizers of `model` by name, every trainable parameter in exactly one of them, exactly once.
 
+    compile: whether the orthogonalizer is compiled, one graph for each shape of stack.
     With optim.matrix.optimizer=adamw the hidden matrices become groups of the one AdamW, with their own learning
     rate and decay. Every group remembers its peak learning rate as `peak_lr`. Raises ConfigError for options out of
     range, RoutingError for rules that do not fit the model.
@@ -34,7 +37,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> dict[str, torch.o
     if matrix.optimizer == "adamw":
         others = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in hidden] + others
     elif hidden:
-        optimizers["muon"] = build_muon(hidden, matrix)
+        optimizers["muon"] = build_muon(hidden, matrix, compile)
     if others:
         fused = next(model.parameters()).device.type in ("cpu", "cuda")
         with config_errors("optim.adamw"):
@@ -46,20 +49,29 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> dict[str, torch.o
     return optimizers
 
 
-def build_muon(groups: list[dict[str, Any]], config: MatrixConfig) -> Muon:
+def build_muon(groups: list[dict[str, Any]], config: MatrixConfig, compile: bool) -> Muon:
     with config_errors("optim.matrix"):
+        orthogonalize = build_orthogonalizer(config)
         return Muon(
             groups,
             momentum=config.momentum,
             nesterov=config.nesterov,
             momentum_form=config.momentum_form,
             shape_scale=config.shape_scale,
-            orthogonalizer=build_orthogonalizer(config),
+            orthogonalizer=torch.compile(orthogonalize, dynamic=False) if compile else orthogonalize,
         )
 
 
 def build_orthogonalizer(config: MatrixConfig) -> Orthogonalizer:
-    return orthogonalizer(config.orthogonalizer, steps=config.steps, dtype=config.dtype, margin=config.margin)
+    return orthogonalizer(
+        config.orthogonalizer,
+        steps=config.steps,
+        dtype=config.dtype,
+        margin=config.margin,
+        path=config.path,
+        normalizer=config.normalizer,
+        allow_unsafe=config.allow_unsafe,
+    )
 
 
 @contextmanager

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from optim.orthogonalizers import ORTHOGONALIZERS, apply_rows, normalize, orthogonalizer
-from optim.polynomials import SCHEDULES, schedule
+from optim.iterations import apply_rows
+from optim.orthogonalizers import ORTHOGONALIZERS, normalize, orthogonalizer
+from optim.schedules import SCHEDULES, schedule
 
 SHAPES = [(8, 8), (20, 7), (7, 20), (1, 9), (9, 1), (1, 1), (3, 6, 10), (2, 3, 10, 6)]
 EMPTY = [(0, 5), (5, 0), (0, 4, 3), (2, 0, 3)]

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from optim.polynomials import SCHEDULES, evaluate, minimax, polar_express, schedule, shrink
+from optim.polynomials import evaluate, minimax, polar_express, shrink
+from optim.schedules import SCHEDULES, schedule
 
 # basic.py of the paper's repository, before its safety factor; the last row is exactly Newton-Schulz.
 PAPER = [

@@ -64,6 +64,8 @@ def test_bases_that_go_round_are_refused(tmp_path):
         ("optim.matrix.lr=fast", "optim.matrix.lr.*float.*fast"),
         ("train.steps=7.5", "train.steps.*int.*7.5"),
         ("train.steps=0", "train.steps must be positive, got 0"),
+        ("train.save_gradients_at=[0,400]", r"save_gradients_at must name steps from 0 to .* = 399, got \[0, 400\]"),
+        ("train.save_gradients_at=[-1]", "save_gradients_at must name steps"),
         ("seed=true", "seed.*int"),
         ("optim.matrix.orthogonalizer=polar_expres", "did you mean polar_express"),
         ("optim.matrix.shape_scale=x", "shape_scale.*spectral"),
