@@ -110,7 +110,9 @@ def _remez(terms: int, lower: float, upper: float) -> Row:
         inner = np.sort(chebyshev.chebroots(slope))
         if np.iscomplexobj(inner) or inner[0] <= -1 or inner[-1] >= 1:
             raise ArithmeticError(f"no degree {2 * terms - 1} polynomial found for [{lower}, {upper}]")
-        x = np.concatenate([[lower], np.sqrt(centre + radius * inner), [upper]])
+        previous, x = x, np.concatenate([[lower], np.sqrt(centre + radius * inner), [upper]])
+        if np.allclose(x, previous, rtol=1e-14, atol=0.0):
+            break
     row = Chebyshev(h, domain=[lower**2, upper**2]).convert(kind=Polynomial).coef
     return tuple(row.tolist())
 
@@ -144,7 +146,7 @@ def polar_express(
         if step < steps - 1:
             row = shrink(row, safety)
         rows.append(row)
-        lower = evaluate(row, lower)
+        lower = min(evaluate(row, lower), 1.0)  # converged, it may round to above 1
         upper = 2 - lower
     return tuple(rows)
 

@@ -98,11 +98,12 @@ def _gram_bounded(steps: int, growth: float = 12.0) -> tuple[Row, ...]:
     restarts = tuple(range(1, steps, 2))
     cushions = [0.02] * steps
     for start, stop in pairwise((0, *restarts, steps)):
+        known = min(stop + 1, steps)  # one row more, since the last of a list is not shrunk
         narrow, wide = 1.0, 0.02
         while narrow - wide > 1e-3:
             middle = (narrow + wide) / 2
             cushions[start:stop] = [middle] * (stop - start)
-            rows = polar_express(steps, lower=1e-3, cushion=cushions, safety=1.02)
+            rows = polar_express(known, lower=1e-3, cushion=cushions[:known], safety=1.02)
             fits = gram_growth(rows[:stop], restarts, BF16_NOISE) <= growth
             narrow, wide = (middle, wide) if fits else (narrow, middle)
         cushions[start:stop] = [narrow] * (stop - start)

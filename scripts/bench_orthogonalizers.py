@@ -40,7 +40,7 @@ Method = Callable[[Tensor], Sequence[Tensor]]
 SCHEDULE = "polar_express"
 TEXTBOOK, AUTO = "textbook loop", "ours, auto"
 WORSE = 1.01  # times an error counts as larger
-TOO_SLOW = 10  # times the textbook loop
+TOO_SLOW = 10  # times as long as the textbook loop
 PEAK_SIZE = 8192
 
 
@@ -104,7 +104,8 @@ def gram_newton_schulz(steps: int, dtype: torch.dtype, device: str) -> Method:
     chosen: dict = dict(ns_coefficients=POLAR_EXPRESS_COEFFICIENTS[:steps])
     if device == "cpu":
         chosen |= dict(compile_kwargs=None)
-    return GramNewtonSchulz(ns_use_kernels=importlib.util.find_spec("quack") is not None, **chosen)
+    kernels = device == "cuda" and importlib.util.find_spec("quack") is not None
+    return GramNewtonSchulz(ns_use_kernels=kernels, **chosen)
 
 
 def emerging_optimizers(steps: int, dtype: torch.dtype, device: str) -> Method:
@@ -146,24 +147,28 @@ PEERS = {
 dtype of its own: float16 gram-newton-schulz, the others bfloat16."""
 
 
-def peers(steps: int, dtype: torch.dtype, device: str) -> dict[str, Method]:
+def peers(steps: int, dtype: torch.dtype, device: str, usual: Method) -> dict[str, Method]:
     """Those that are installed and at home here; one printed line says why another is left out.
 
-    A CPU without float16 units takes fifty times as long in it: minutes a call, and no comparison.
+    Out are those that take TOO_SLOW times as long as the usual method, as in float16 on a CPU without units for it.
     """
     x = torch.randn(2, 512, 512, device=device)
-    usual = min(milliseconds(partial(textbook(schedule(SCHEDULE, steps), dtype), x), 1, device) for _ in range(2))
+
+    def quickest(method: Method) -> float:
+        return min(milliseconds(partial(method, x), 1, device) for _ in range(2))
+
+    limit = TOO_SLOW * quickest(usual)
     found = {}
     for name, load in PEERS.items():
         try:
             method = load(steps, dtype, device)
-            slower = min(milliseconds(partial(method, x), 1, device) for _ in range(2)) / usual
+            ms = quickest(method)
         except Exception as error:  # of whatever kind: a foreign library fails in its own ways
             reason = next(iter(str(error).splitlines()), "")
             print(f"{name} is left out: {type(error).__name__}: {reason}")
             continue
-        if slower > TOO_SLOW:
-            print(f"{name} is left out: on this device it takes {slower:.0f} times as long as the {TEXTBOOK}")
+        if ms > limit:
+            print(f"{name} is left out: here it takes {TOO_SLOW * ms / limit:.0f} times as long as the {TEXTBOOK}")
         else:
             found[name] = method
     return found
@@ -290,8 +295,9 @@ def measure(model: str, blocks: int, methods: dict[str, Method], steps: int, rou
 
 
 def ratio(row: Row, other: Row) -> str:
-    """How many times as fast as the other the row is; this counts only if its errors are no larger."""
-    fair = row.gaussian_error <= WORSE * other.gaussian_error and row.low_rank_error <= WORSE * other.low_rank_error
+    """How many times as fast as the other the row is; it counts only if the faster one's errors are no larger."""
+    fast, slow = sorted((row, other), key=lambda r: r.ms)
+    fair = fast.gaussian_error <= WORSE * slow.gaussian_error and fast.low_rank_error <= WORSE * slow.low_rank_error
     return f"{other.ms / row.ms:.2f}" if fair else "not comparable"
 
 
@@ -321,8 +327,8 @@ def conditions(dtype: torch.dtype, steps: int, device: str, peak_tflops: float |
 
 READING = f"""TFLOP/s count the fewest operations of the symmetric form, 3 s^2 l + s^3 a step for sides s <= l, whatever
 the method does. Errors: Frobenius norm, relative to the polar factor by the SVD in float64; largest: singular value.
-x {TEXTBOOK}: how many times as fast as it the method is; {AUTO} x it: how many times as fast as the method ours is;
-neither counts if the faster one's error is more than {100 * (WORSE - 1):.0f} % larger."""
+x {TEXTBOOK}: how many times as fast as it a method is; {AUTO} x it: how many times as fast as that method ours
+is. Not comparable: the faster of the two has an error that is more than {100 * (WORSE - 1):.0f} % larger."""
 
 
 def write(directory: Path, rows: Sequence[Row], text: str, command: str) -> None:
@@ -350,8 +356,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES.get(args.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
-    methods = {TEXTBOOK: textbook(schedule(SCHEDULE, args.steps), dtype), **ours(args.steps, args.dtype)}
-    methods |= peers(args.steps, dtype, device)
+    try:
+        plan = schedule(SCHEDULE, args.steps)
+    except ValueError as error:
+        parser.error(str(error))
+    methods = {TEXTBOOK: textbook(plan, dtype), **ours(args.steps, args.dtype)}
+    methods |= peers(args.steps, dtype, device, methods[TEXTBOOK])
     peak_tflops = peak(dtype, args.rounds) if device == "cuda" else None
     rows = []
     for model in args.models:
@@ -364,5 +374,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        main()
+    main()

@@ -23,7 +23,8 @@ from training.config import ConfigError, load_config
 from training.run_directory import config_of, read_json
 
 # What may differ between runs of one line in the figure: the seed, the axis, and what does not touch the result.
-ASIDE = {"name", "seed", "run_dir", "optim.matrix.lr", "train.log_every", "train.eval_every", "train.inspect_every"}
+ASIDE = {"name", "seed", "run_dir", "optim.matrix.lr"}
+ASIDE |= {f"train.{key}" for key in ("log_every", "eval_every", "inspect_every", "save_gradients_at")}
 ASIDE_SECTIONS = ("sample.", "wandb.")
 
 

@@ -5,6 +5,7 @@ source.zip         the source text of the run          git.diff           uncomm
 data_manifest.json what the tokens were
 metrics.jsonl      one line a step and evaluation      summary.json       the result
 model.safetensors  the trained weights                 sample.txt         text sampled from the model
+gradients/         those of the hidden matrices, at the steps asked for
 """
 
 from __future__ import annotations

@@ -95,7 +95,8 @@ def test_main_writes_table_figures_and_reading(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert convergence.main(["--gradients", str(tmp_path / "g"), "--out", str(out)]) == 0
     rows = list(csv.DictReader((out / "convergence.csv").open()))
-    assert len(rows) == 3 * (9 * 25 + 2)
+    everything, drawn = len(convergence.methods(1e-6)), len(convergence.STYLES)
+    assert len(rows) == 25 * (everything + 2 * drawn) + 3 * 2
     assert {(r["input"], r["matrices"]) for r in rows} == {(SYNTHETIC, "1"), (GRADIENTS, "2"), (ABOVE_NOISE, "2")}
     before = [r for r in rows if r["iteration"] == "0" and r["input"] == GRADIENTS]
     smallest = [convergence.problem(gradient(*shape, 4), 1e-7).smallest for shape in ((24, 16), (16, 30))]
@@ -104,7 +105,7 @@ def test_main_writes_table_figures_and_reading(tmp_path, monkeypatch, capsys):
         assert float(row["spectral_5"]) <= float(row["spectral"]) <= float(row["spectral_95"])
     for metric in METRICS:
         assert (out / f"convergence_{metric}.png").read_bytes().startswith(b"\x89PNG")
-    text = (out / "README.md").read_text()
+    text = (out / "reading.md").read_text()
     assert "medians of 2 matrices" in text and convergence.claims_table([]).splitlines()[0][:5] in text
     assert "directions below 0.001 are ignored" in capsys.readouterr().out
 
