@@ -8,15 +8,14 @@ the critical points in exact arithmetic, mpmath evaluates in intervals rounded o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache
-from math import prod
+from math import inf, nextafter, prod
 from typing import Any
 
 from .polynomials import Row, products
 
-BOUND = 1.5
-"""An image above this is an explosion: no useful schedule overshoots the polar factor by half."""
+BOUND = 3.0
+"""An image above this is an explosion: half as much again as 2, which no best composition reaches with few steps."""
 
 BF16_ROUNDING = 2.0**-8
 """Spacing of bfloat16 numbers above 1: how far a singular value can come out above what was intended."""
@@ -42,7 +41,7 @@ class Certificate:
     slope: float
     """f'(0): what the smallest singular values grow by."""
     tolerated: float
-    """0 < f(x) <= 1.5 for all x in (0, tolerated], to six digits as large as that holds; at most 2."""
+    """0 < f(x) <= BOUND for all x in (0, tolerated], to six digits as large as that holds; at most 2."""
     products: int
     """Matrix products of the plain form."""
 
@@ -57,25 +56,30 @@ def certify(rows: tuple[Row, ...], lower: float) -> Certificate:
     if not 0 < lower <= 1:
         raise ValueError(f"a certificate needs 0 < lower <= 1, not lower={lower!r}")
     smallest, largest = image(rows, lower, 1.0)
-    slope = float(prod(Fraction(row[0]) for row in rows))
+    slope = _round(prod(map(_intervals().mpf, (row[0] for row in rows))), down=True)
     return Certificate(lower, smallest, largest, slope, tolerated(rows), sum(map(products, rows)))
 
 
 @cache
-def image(rows: tuple[Row, ...], lower: float, upper: float) -> tuple[float, float]:
-    """Bounds on the composition of `rows` over [lower, upper], tight to float64."""
+def image(rows: tuple[Row, ...], lower: float, upper: float, rounding: float = 0.0) -> tuple[float, float]:
+    """Bounds on the composition of `rows` over [lower, upper], tight to float64.
+
+    rounding: relative error that may make what a row proposes too large before the next row takes it.
+    """
     iv = _intervals()
     low, high = iv.mpf(lower), iv.mpf(upper)
-    for row in rows:
+    for step, row in enumerate(rows):
+        if step and rounding:
+            high = high * (1 + rounding)
         inner = [sign * x for x in _critical_points(row) for sign in (1, -1) if low.a <= sign * x <= high.b]
         values = [_evaluate(row, x) for x in (low, high, *inner)]
         low, high = min(v.a for v in values), max(v.b for v in values)
     return _round(low, down=True), _round(high, down=False)
 
 
-def hazard(rows: tuple[Row, ...], upper: float) -> str | None:
-    """What goes wrong on (0, upper], in words; None if nothing does."""
-    smallest, largest = image(rows, 0.0, upper)
+def hazard(rows: tuple[Row, ...], upper: float, rounding: float = 0.0) -> str | None:
+    """What goes wrong on (0, upper], in words; None if nothing does. rounding: see image."""
+    smallest, largest = image(rows, 0.0, upper, rounding)
     if smallest < 0:
         return f"flips signs (its image of [0, {upper:.6g}] reaches down to {smallest:.3g})"
     if largest > BOUND:
@@ -156,7 +160,11 @@ def _evaluate(row: Row, x: Any) -> Any:
 
 def _round(x: Any, *, down: bool) -> float:
     """The nearest float64 on the safe side of an end of an interval; infinite beyond its range."""
-    from mpmath import libmp
+    from mpmath import mp
 
-    end = x.a if down else x.b
-    return libmp.to_float(end._mpi_[0], rnd=libmp.round_floor if down else libmp.round_ceiling)
+    with mp.workprec(_intervals().prec):
+        end = mp.mpf((x.a if down else x.b)._mpi_[0])
+        value = float(end)
+        if (value > end) if down else (value < end):
+            value = nextafter(value, -inf if down else inf)
+    return value

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .certificates import FP16_NOISE, gram_growth
 from .kernels import SHORTEST, full_product, symmetric_product
-from .polynomials import Row, factors, products
+from .polynomials import Row, factors
 
 PATHS = ("plain", "symmetric", "gram")
 
@@ -72,6 +72,9 @@ def apply_gram(x: Tensor, rows: Sequence[Row], restarts: Sequence[int], product:
     return _times(x, factor)
 
 
+_factors = torch.compiler.assume_constant_result(factors)
+
+
 def _parts(gram: Tensor, row: Row, product: Product) -> list[tuple[float, Tensor, float]]:
     """The factors of a row as (constant, part, weight), each standing for constant I + weight * part.
 
@@ -82,7 +85,7 @@ def _parts(gram: Tensor, row: Row, product: Product) -> list[tuple[float, Tensor
     if len(row) == 3:
         return [(row[0], product(gram, gram, gram, alpha=row[2], beta=row[1]), 1.0)]
     square, parts = product(gram, gram), []
-    for constant, linear, *quadratic in factors(row):
+    for constant, linear, *quadratic in _factors(row):
         part = linear * gram
         parts.append((constant, part.add_(square, alpha=quadratic[0]) if quadratic else part, 1.0))
     return parts
@@ -120,8 +123,8 @@ def apply(x: Tensor, rows: tuple[Row, ...], path: str) -> Tensor:
 
 @torch.compiler.assume_constant_result
 def fastest_path(m: int, n: int, rows: tuple[Row, ...], dtype: torch.dtype, device: str) -> str:
-    """The path of least cost for m x n matrices, in multiply-adds weighted by how fast the device is at them."""
-    paths = PATHS[:2] if m == n or dtype == torch.bfloat16 else PATHS
+    """The path of least cost for m x n matrices; no Gram form in bfloat16, where it is delicate, or float64."""
+    paths = PATHS if m != n and dtype in (torch.float16, torch.float32) else PATHS[:2]
     return min(paths, key=lambda path: cost(m, n, rows, dtype, device, path))
 
 
@@ -130,13 +133,14 @@ def cost(m: int, n: int, rows: tuple[Row, ...], dtype: torch.dtype, device: str,
     short, long = sorted((m, n))
     halved = path != "plain" and short >= SHORTEST.get(device, math.inf)
     half = HALF[device] if halved else 1.0
-    inner = [products(row) - 2 for row in rows]  # in the polynomial of the Gram matrix
+    parts = sum(len(row) // 2 for row in rows)  # factors of degree up to two in the Gram matrix,
+    squares = sum(len(row) > 2 for row in rows)  # and the squares of it that they need
     if path == "gram":
         segments = 1 + len(restarts(rows, dtype))
         # Every row but the first of a segment multiplies the factor, every one but the last the Gram matrix twice.
-        square = half * (sum(inner) + 3 * (len(rows) - segments))
+        square = half * (squares + parts - len(rows) + 3 * (len(rows) - segments))
         return short**2 * (short * square + long * segments * (half + 1))
-    return short**2 * (short * half * sum(inner) + long * len(rows) * (half + 1))
+    return short**2 * (short * half * squares + long * (half * len(rows) + parts))
 
 
 @torch.compiler.assume_constant_result

@@ -103,8 +103,8 @@ class Orthogonalizer:
 class PolynomialOrthogonalizer(Orthogonalizer):
     """Matrix products alone: normalized in float32 or float64 first, cast to `dtype`, then one row a step.
 
-    dtype None is float64 for float64, bfloat16 on CUDA devices that are fast in it (float16 if the path is gram), and
-    float32 elsewhere: a CPU without bfloat16 units takes a hundred times as long in it.
+    dtype None is float64 for float64, bfloat16 on CUDA devices that are fast in it (float16 if path or schedule are not
+    made for bfloat16), and float32 elsewhere: a CPU without bfloat16 units takes a hundred times as long in it.
     path: 'plain', 'symmetric' or 'gram' (see iterations.py); 'auto' takes the one of least cost for each shape.
     """
 
@@ -113,7 +113,7 @@ class PolynomialOrthogonalizer(Orthogonalizer):
     path: str = "auto"
 
     def polar(self, x: Tensor) -> Tensor:
-        dtype = self.dtype or _fast_dtype(x, self.path)
+        dtype = self.dtype or _fast_dtype(x, self.schedule.bf16 and self.path != "gram")
         normal = NORMALIZERS[self.schedule.normalizer](x, self.schedule.margin).to(dtype)
         path = self.path
         if path == "auto":
@@ -170,6 +170,8 @@ def orthogonalizer(
             raise ValueError(f"orthogonalizer {name!r} works in fp32 or fp64, not {dtype}")
         return ExactOrthogonalizer(name, chosen)
     plan = schedule(name, steps, margin, allow_unsafe=allow_unsafe)
+    if chosen == torch.bfloat16 and not (plan.bf16 or allow_unsafe):
+        raise ValueError(f"schedule {name!r} does not survive bf16; choose fp16 or fp32, or allow_unsafe=True")
     if normalizer is not None:
         plan = _with_normalizer(plan, normalizer)
     return PolynomialOrthogonalizer(plan, chosen, path)
@@ -183,9 +185,9 @@ def _with_normalizer(plan: Schedule, normalizer: str) -> Schedule:
     return replace(plan, normalizer=normalizer)
 
 
-def _fast_dtype(x: Tensor, path: str) -> torch.dtype:
+def _fast_dtype(x: Tensor, bf16: bool) -> torch.dtype:
     if x.dtype == torch.float64:
         return torch.float64
     if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0):
-        return torch.float16 if path == "gram" else torch.bfloat16
+        return torch.bfloat16 if bf16 else torch.float16
     return torch.float32

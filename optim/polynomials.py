@@ -6,6 +6,7 @@ An odd matrix polynomial acts on the singular values alone, so everything here i
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.polynomial import Chebyshev, Polynomial, chebyshev
@@ -68,6 +69,7 @@ def newton_schulz(degree: int) -> Row:
     return tuple(series.coef.tolist())
 
 
+@lru_cache(maxsize=4096, typed=True)
 def minimax(degree: int, lower: float, upper: float = 1.0) -> Row:
     """The odd polynomial of degree 3, 5, 7, ... whose largest distance from 1 on [lower, upper] is smallest.
 

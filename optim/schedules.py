@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from numbers import Real
 
 from .certificates import BF16_NOISE, BF16_ROUNDING, Certificate, certify, gram_growth, hazard
 from .polynomials import Row, newton_schulz, polar_express, shrink
@@ -14,13 +15,17 @@ from .polynomials import Row, newton_schulz, polar_express, shrink
 
 @dataclass(frozen=True)
 class Schedule:
-    """What an orthogonalizer applies: the matrix is divided by margin * its norm, then one row a step."""
+    """What an orthogonalizer applies: the matrix is divided by margin * its norm, then one row a step.
+
+    bf16: whether its rows survive the rounding errors of bfloat16.
+    """
 
     name: str
     rows: tuple[Row, ...]
     margin: float
     source: str
     normalizer: str = "frobenius"
+    bf16: bool = True
 
     def certify(self, lower: float = 1e-3) -> Certificate:
         """Bounds, proved, on the image of normalized singular values in [lower, 1], and on the overshoot tolerated."""
@@ -36,6 +41,7 @@ class Recipe:
     margin: float = 1.0
     steps: int = 5
     normalizer: str = "frobenius"
+    bf16: bool = True
 
 
 def _repeat_last(*rows: Row) -> Callable[[int], tuple[Row, ...]]:
@@ -195,7 +201,7 @@ SCHEDULES: dict[str, Recipe] = {
     "polar_express": Recipe(_paper, "arXiv 2505.16932, the authors' released list", margin=1.01),
     "polar_express_package": Recipe(_package, "arXiv 2505.16932, the authors' package", margin=1.01, steps=10),
     "polar_express_speedrun": Recipe(_speedrun, "modded-nanogpt, microsoft/dion, nanochat", margin=1.02),
-    "nonic": Recipe(_nonic, "this repository, for float16 and float32", margin=1.01, steps=4),
+    "nonic": Recipe(_nonic, "this repository, for float16 and float32", margin=1.01, steps=4, bf16=False),
     "nonic_finish": Recipe(_nonic_finish, "this repository", margin=1.01),
     "gram_bounded": Recipe(_gram_bounded, "this repository, for the Gram form", margin=1.01, steps=6),
     "polar_express_gram": Recipe(_gram, "Dao-AILab/gram-newton-schulz, for the Gram form"),
@@ -203,28 +209,32 @@ SCHEDULES: dict[str, Recipe] = {
 
 
 @cache
+def _rows(name: str, steps: int) -> tuple[Row, ...]:
+    return SCHEDULES[name].rows(steps)
+
+
 def schedule(
     name: str, steps: int | None = None, margin: float | None = None, *, allow_unsafe: bool = False
 ) -> Schedule:
     """The named schedule for a number of steps (default: as published) and a margin on the norm (default: its own).
 
-    Raises ValueError for a schedule that flips signs or explodes when a singular value exceeds 1 / margin by one
-    rounding of bfloat16, as that of a rank-one gradient does; allow_unsafe=True gives it nevertheless.
+    Raises ValueError for a schedule that flips signs or explodes when the largest singular value, of a rank-one
+    gradient say, or that of an iterate comes out one rounding of bfloat16 too large; allow_unsafe=True gives it anyway.
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
     recipe = SCHEDULES[name]
     steps = recipe.steps if steps is None else steps
     margin = recipe.margin if margin is None else margin
-    if not isinstance(steps, int) or steps < 1:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"schedule {name!r} needs at least one whole step, not steps={steps!r}")
-    if not 1.0 <= margin < math.inf:
+    if not isinstance(margin, Real) or not 1.0 <= margin < math.inf:
         raise ValueError(f"schedule {name!r} needs a margin of at least 1 on the norm, not margin={margin!r}")
-    chosen = Schedule(name, recipe.rows(steps), margin, recipe.source, recipe.normalizer)
-    reason = None if allow_unsafe else hazard(chosen.rows, (1 + BF16_ROUNDING) / margin)
+    chosen = Schedule(name, _rows(name, steps), margin, recipe.source, recipe.normalizer, recipe.bf16)
+    reason = None if allow_unsafe else hazard(chosen.rows, (1 + BF16_ROUNDING) / margin, BF16_ROUNDING)
     if reason:
         raise ValueError(
-            f"schedule {name!r} with steps={steps} and margin={margin} {reason} one bfloat16 rounding above its norm;"
-            " give a larger margin (1.01, say), or allow_unsafe=True"
+            f"schedule {name!r} with steps={steps} and margin={margin} {reason} when bfloat16 rounds up once a step;"
+            " choose another, a larger margin, or allow_unsafe=True"
         )
     return chosen

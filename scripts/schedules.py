@@ -5,8 +5,8 @@
 
 Singular values x are normalized, so [lower, 1] is where those of a matrix lie before the margin. `smallest` and
 `largest` bound the image of [lower, 1]; `slope` is what the smallest singular values grow by; up to `tolerated` no sign
-flips and no image exceeds 1.5; `growth` bounds what the Gram form multiplies noise directions of float16 by, with
-restarts before the steps named.
+flips and no image exceeds 3; `rounded` says what one rounding up to bfloat16 in every step can do to a rank-one matrix;
+`growth` bounds what the Gram form multiplies noise directions of float16 by, with restarts before the steps named.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from optim.schedules import SCHEDULES, Schedule, schedule
 
 HEADERS = (
     *("schedule", "steps", "products", "smallest", "largest", "slope", "tolerated", "margin"),
-    *("rank one, bf16", "restarts", "growth", "source"),
+    *("rounded", "restarts", "growth", "source"),
 )
 
 
 def table_row(plan: Schedule, lower: float) -> tuple:
     proof = plan.certify(lower)
-    reason = hazard(plan.rows, (1 + BF16_ROUNDING) / plan.margin)
+    reason = hazard(plan.rows, (1 + BF16_ROUNDING) / plan.margin, BF16_ROUNDING)
     starts = restarts(plan.rows, torch.float16)
     image = (f"{proof.smallest:.4f}", f"{proof.largest:.4f}", f"{proof.slope:.4g}", f"{proof.tolerated:.4f}")
     growth = (", ".join(map(str, starts)), f"{gram_growth(plan.rows, starts):.3g}")

@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 
-from training.config import Config, ConfigError, load_config, to_yaml
+from training.config import Config, ConfigError, load_config, read_mapping, settings, to_yaml
 from training.runtime import Runtime, device_name
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROOMS = ("configs", "data", "model", "optim", "scripts", "training")
+FINISHED = ("completed", "diverged")  # the states of a run that has a result
 DATA_MANIFEST = "data_manifest.json"
 PACKAGES = ("torch", "numpy", "tiktoken", "triton", "wandb", "datasets")
 
@@ -60,6 +61,11 @@ def config_of(run: str | Path) -> Path:
     if not path.is_file():
         raise ConfigError(f"{run} is not a run directory: it has no config.yaml")
     return path
+
+
+def settings_of(run: str | Path) -> dict[str, Any]:
+    """All that the result of a run depended on, by dotted key: a hundred times faster than `load_config`."""
+    return settings(read_mapping(config_of(run)))
 
 
 def redo_config(run: str | Path, overrides: list[str]) -> Config:
@@ -118,7 +124,7 @@ def _environment(runtime: Runtime) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "device": device_name(runtime.device),
         "world_size": runtime.world_size,
-        "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
+        "machine": {"system": platform.platform(), "processor": processor(), "cores": os.cpu_count()},
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
@@ -155,7 +161,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -12,7 +12,7 @@ from optim.certificates import certify, gram_growth, hazard, image, tolerated
 from optim.polynomials import polar_express
 from optim.schedules import SCHEDULES, schedule
 
-# Tables that are no schedule here. AOL as in Emerging-Optimizers, on the Frobenius norm; Polar Express as rounded there.
+# Tables that are no schedule here, both of Emerging-Optimizers: AOL, on the Frobenius norm, and Polar Express rounded.
 AOL = ((4.0098, -7.0585, 2.4635), (3.4585, -5.5479, 2.5959), (2.7573, -3.2939, 1.4254), (2.7215, -3.0494, 1.3169))
 ROUNDED = (
     (8.2051, -22.9019, 16.4607),
@@ -141,24 +141,21 @@ def test_bounds_contain_exact_values():
 
 
 coefficients = st.floats(1e-6, 4) | st.floats(-4, -1e-6) | st.just(0.0)
-random_rows = st.lists(st.lists(coefficients, min_size=1, max_size=5).map(tuple), min_size=1, max_size=4).map(tuple)
+random_rows = st.lists(st.lists(coefficients, min_size=1, max_size=5).map(tuple), min_size=1, max_size=2).map(tuple)
 random_interval = st.tuples(st.floats(1e-6, 1.2) | st.just(0.0), st.floats(1e-6, 1.2)).map(sorted)
 
 
 @settings(max_examples=150, deadline=None)
 @given(random_rows, random_interval, st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_no_point_leaves_its_certificate(rows, interval, positions):
+    """In rational arithmetic, so without allowance."""
     lower, upper = interval
     smallest, largest = image(rows, lower, upper)
     for position in (0.0, 1.0, *positions):
-        x = min(max(lower + position * (upper - lower), lower), upper)
-        for row in rows[:2]:  # exactly; the denominators of more would explode
-            x = sum(Fraction(c) * Fraction(x) ** (2 * k + 1) for k, c in enumerate(row))
-        if len(rows) <= 2:
-            assert smallest <= x <= largest
-        elif math.isfinite(x := composition(rows[2:], float(x))):
-            slack = 1e-9 * max(1.0, abs(smallest), abs(largest))
-            assert smallest - slack <= x <= largest + slack
+        x = Fraction(min(max(lower + position * (upper - lower), lower), upper))
+        for row in rows:
+            x = sum(Fraction(c) * x ** (2 * k + 1) for k, c in enumerate(row))
+        assert smallest <= x <= largest
 
 
 def test_beyond_float64():
@@ -176,22 +173,22 @@ def test_tolerated_is_where_a_grid_leaves_the_bounds(name):
     proved = tolerated(rows)
     x = np.union1d(np.linspace(1e-3, proved, 50_001), np.geomspace(1e-9, proved, 20_001))
     inside = composition(rows, x)
-    assert inside.min() > 0 and inside.max() <= 1.5
+    assert inside.min() > 0 and inside.max() <= 3
     if proved < 2:
         beyond = composition(rows, np.linspace(proved, proved + 2e-6, 11))
-        assert beyond.min() <= 0 or beyond.max() > 1.5
+        assert beyond.min() <= 0 or beyond.max() > 3
 
 
 def test_tolerated_at_its_ends():
     assert tolerated(((1.0, -0.1),)) == 2.0
     assert tolerated(((1.5, -0.5),)) == pytest.approx(math.sqrt(3), abs=2e-6)
-    assert tolerated(((1.0,),)) == pytest.approx(1.5, abs=2e-6)
+    assert tolerated(((2.0,),)) == pytest.approx(1.5, abs=2e-6)
     assert tolerated(((-1.0,),)) == 0.0
 
 
 def test_hazards_in_words():
-    assert hazard(((1.0,),), 1.4) is None
-    assert hazard(((1.0,),), 1.6) == "explodes (its image of [0, 1.6] reaches up to 1.6)"
+    assert hazard(((2.0,),), 1.4) is None
+    assert hazard(((2.0,),), 1.6) == "explodes (its image of [0, 1.6] reaches up to 3.2)"
     assert hazard(((1.5, -0.5),), 2.0) == "flips signs (its image of [0, 2] reaches down to -1)"
 
 

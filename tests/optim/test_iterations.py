@@ -191,13 +191,13 @@ def test_without_restarts_half_precision_explodes():
 
 
 def test_cost_by_hand():
-    """Of five quintics in fp16 for 1000 x 3000: s = 1000, l = 3000, one restart; on CUDA, half products take 0.6."""
-    rows, s, l = named("polar_express_gram"), 1000, 3000
-    plain = 5 * (2 * s * s * l + s**3)
-    symmetric = 5 * (1.6 * s * s * l + 0.6 * s**3)
+    """Of five quintics in fp16 for 1000 x 3000: s = 1000, n = 3000, one restart; on CUDA, half products take 0.6."""
+    rows, s, n = named("polar_express_gram"), 1000, 3000
+    plain = 5 * (2 * s * s * n + s**3)
+    symmetric = 5 * (1.6 * s * s * n + 0.6 * s**3)
     # Two Gram matrices and two applications; five squares, three products of factors, three updates of two products.
-    gram = 2 * 1.6 * s * s * l + 0.6 * (5 + 3 + 2 * 3) * s**3
-    for shape in ((s, l), (l, s)):
+    gram = 2 * 1.6 * s * s * n + 0.6 * (5 + 3 + 2 * 3) * s**3
+    for shape in ((s, n), (n, s)):
         costs = [cost(*shape, rows, torch.float16, "cuda", path) for path in PATHS]
         assert costs == pytest.approx([plain, symmetric, gram], rel=1e-12)
     # Where half products are not used they cost as much as whole ones.
@@ -247,8 +247,8 @@ def test_path_is_obeyed(monkeypatch):
     for path, shape, expected in [("plain", (4, 12), 15), ("gram", (4, 12), 18), ("gram", (4, 4), 15)]:
         with CountMultiplications() as count:
             orthogonalizer("jordan", path=path, dtype="fp64")(gaussian(*shape))
-        s, l = shape
-        whole = 5 * (2 * s * s * l + s**3) if expected == 15 else 4 * s * s * l + 14 * s**3
+        s, n = shape
+        whole = 5 * (2 * s * s * n + s**3) if expected == 15 else 4 * s * s * n + 14 * s**3
         assert count.made == whole
 
 

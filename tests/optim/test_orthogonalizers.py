@@ -16,18 +16,18 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 MARGINS = {"cans": 1.01, "cubic5": 1.01}
 """Of those that a rank-one matrix breaks at their own margin."""
 NOT_FOR_BF16 = ("cans", "nonic")
-"""Rounding of the iterate, not of the norm alone, makes cans explode at any margin and nonic flip signs."""
+"""Rounding of the iterate, not of the norm alone, makes cans explode at any margin and nonic flip signs: refused."""
 
 every_name = pytest.mark.parametrize("name", ORTHOGONALIZERS)
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 
 
 def make(name, **options):
-    return orthogonalizer(name, margin=MARGINS.get(name), **options)
+    return orthogonalizer(name, margin=MARGINS.get(name), allow_unsafe=name in NOT_FOR_BF16, **options)
 
 
 def plan(name):
-    return schedule(name, margin=MARGINS.get(name))
+    return schedule(name, margin=MARGINS.get(name), allow_unsafe=name in NOT_FOR_BF16)
 
 
 def gaussian(*shape, dtype=torch.float64, seed=0):
@@ -341,7 +341,7 @@ def test_power_normalizer_lifts_what_a_dominant_value_hides():
         before, after = (u.T @ y @ v for y in (normalize(x), lift(normalize(x))))
         image = after.diagonal()
         torch.testing.assert_close(after, torch.diag(image), rtol=0, atol=1e-12)
-        assert image.max() <= 1 + 1e-12 and 0.8 < image[0]
+        assert image.max() <= 1 + 1e-12 and image[0] > 0.8
         k = (1 - 0.97**2) ** 0.5  # z is capped there, so that p'(0) = (z^2 + z k + k^2) / (z k (z + k))
         lifted = (0.97**2 + 0.97 * k + k * k) / (0.97 * k * (0.97 + k))
         assert lifted > 4

@@ -231,6 +231,15 @@ def test_factors_have_small_coefficients():
     assert max(abs(c) for part in factors(row) for c in part) < 0.1 * max(map(abs, row))
 
 
+def test_factors_with_the_largest_roots_come_first():
+    """They bring large x down before the others, steep there, meet what was rounded; a linear one leads."""
+    for degree in (7, 9, 11, 13, 17):
+        parts = factors(minimax(degree, 1e-3))
+        assert [len(part) for part in parts] == [2] * (degree % 4 == 3) + [3] * ((degree - 1) // 4)
+        sizes = [np.abs(np.roots(part[::-1])).max() for part in parts if len(part) == 3]
+        assert sizes == sorted(sizes, reverse=True)
+
+
 def test_short_rows_are_their_own_factor():
     for row in ((1.5, -0.5), (2.0, -1.5, 0.5)):
         assert factors(row) == (row,)
