@@ -19,13 +19,10 @@ from typing import Any
 
 from tabulate import tabulate
 
-from training.config import ConfigError, load_config
-from training.run_directory import config_of, read_json
+from training.config import ConfigError
+from training.run_directory import FINISHED, read_json, settings_of
 
-# What may differ between runs of one line in the figure: the seed, the axis, and what does not touch the result.
-ASIDE = {"name", "seed", "run_dir", "optim.matrix.lr"}
-ASIDE |= {f"train.{key}" for key in ("log_every", "eval_every", "inspect_every", "save_gradients_at")}
-ASIDE_SECTIONS = ("sample.", "wandb.")
+AVERAGED = {"seed", "optim.matrix.lr"}  # what may differ between runs of one line in the figure
 
 
 @dataclass(frozen=True)
@@ -54,31 +51,22 @@ def read_results(folders: Iterable[str | Path]) -> list[Result]:
     ended = []
     for run in runs:
         summary = read_json(run / "summary.json", *keys)
-        if summary["status"] in ("completed", "diverged"):
-            ended.append((run, flatten(asdict(load_config(config_of(run)))), summary))
+        if summary["status"] in FINISHED:
+            ended.append((run, settings_of(run), summary))
         else:
             print(f"left out: {run}, which {summary['status']}", file=sys.stderr)
     if not ended:
         raise ConfigError(f"no finished run lies below {', '.join(map(str, folders))}")
     settings = [setting for _, setting, _ in ended]
-    varied = [key for key in settings[0] if key not in ASIDE and not key.startswith(ASIDE_SECTIONS)]
-    varied = [key for key in varied if len({repr(setting[key]) for setting in settings}) > 1]
+    varied = [key for key in settings[0] if key not in AVERAGED and len({repr(s.get(key)) for s in settings}) > 1]
     return [_result(run, setting, summary, varied) for run, setting, summary in ended]
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys."""
-    flat = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _result(run: Path, setting: dict[str, Any], summary: dict[str, Any], varied: Sequence[str]) -> Result:
     muon = setting["optim.matrix.optimizer"] == "muon"
     method = f"muon {setting['optim.matrix.orthogonalizer']}" if muon else setting["optim.matrix.optimizer"]
     named = {"optim.matrix.optimizer", "optim.matrix.orthogonalizer"}
-    others = [f"{key.removeprefix('optim.')}={setting[key]}" for key in varied if key not in named]
+    others = [f"{key.removeprefix('optim.')}={setting.get(key)}" for key in varied if key not in named]
     completed = summary["status"] == "completed"
     return Result(
         method=" ".join([method, *others]),

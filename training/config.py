@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import hashlib
+import json
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +24,8 @@ from docstring_parser import parse_from_object
 from jsonargparse import ArgumentParser, Namespace
 
 from optim import ORTHOGONALIZERS, Rule
+
+FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where PyYAML was built with libyaml
 
 
 class ConfigError(ValueError):
@@ -295,6 +300,7 @@ class Config:
 # Reading
 
 
+@functools.cache
 def key_parser() -> ArgumentParser:
     """A parser that knows every key of Config and its type."""
     parser = ArgumentParser(exit_on_error=False, add_help=False)
@@ -354,8 +360,15 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The keys of a YAML file over those of the file it names as its `base`, which lies beside it."""
     if path in above:
         raise ConfigError(f"{above[-1]} names {path} as its base, which is built on {above[-1]} itself")
+    values = read_mapping(path)
+    base = values.pop("base", None)
+    return values if base is None else _merge(_read_yaml(path.parent / str(base), (*above, path)), values)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The keys and values of one YAML file; raises ConfigError with one sentence."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), FAST_LOADER)
     except OSError as error:
         known = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none"
         raise ConfigError(f"cannot read {path}: {error.strerror}; YAML files in that folder: {known}") from error
@@ -363,8 +376,7 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, found {type(values).__name__}")
-    base = values.pop("base", None)
-    return values if base is None else _merge(_read_yaml(path.parent / str(base), (*above, path)), values)
+    return values
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -425,3 +437,38 @@ def _one_sentence(error: Exception) -> str:
     union = r"Does not validate against any of the Union subtypes Subtypes: \[(.*?\]?)\] Errors: .* Given value: (.*)"
     text = re.sub(union, r"Expected one of \1. Got value: \2", text)
     return re.sub(r'^Parser key "([^"]+)":', r"\1:", text)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What makes two runs the same run
+
+# How a run is called, watched and sampled from, which does not touch its result.
+BYSTANDERS = ("name", "run_dir", "sample.", "wandb.")
+BYSTANDERS += ("train.log_every", "train.eval_every", "train.inspect_every", "train.save_gradients_at")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one dictionary with dotted keys."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def settings(config: Config | Mapping[str, Any]) -> dict[str, Any]:
+    """All that the result of a run depends on, by dotted key.
+
+    Takes a Config, or the sections of a resolved config.yaml, where a key younger than the file has its default.
+    """
+    flat = flatten(_plain(dataclasses.asdict(config))) if isinstance(config, Config) else _defaults() | flatten(config)
+    return {key: value for key, value in flat.items() if not key.startswith(BYSTANDERS)}
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return flatten(_plain(dataclasses.asdict(Config())))
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits that are the same for equal settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
