@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from math import inf, nextafter, prod
+from math import inf, isfinite, nextafter, prod
 from typing import Any
 
 from .polynomials import Row, products
@@ -18,7 +18,7 @@ BOUND = 3.0
 """An image above this is an explosion: half as much again as 2, which no best composition reaches with few steps."""
 
 BF16_ROUNDING = 2.0**-8
-"""Spacing of bfloat16 numbers above 1: how far a singular value can come out above what was intended."""
+"""Largest relative rounding error of bfloat16: how far a singular value can come out above what was intended."""
 
 FP16_NOISE = 4e-4
 """Size of the spurious negative eigenvalues of a Gram matrix of norm 1 in float16 (Dao-AILab/gram-newton-schulz)."""
@@ -41,9 +41,13 @@ class Certificate:
     slope: float
     """f'(0): what the smallest singular values grow by."""
     tolerated: float
-    """0 < f(x) <= BOUND for all x in (0, tolerated], to six digits as large as that holds; at most 2."""
+    """0 <= f(x) <= BOUND for all x in [0, tolerated], to six digits as large as that holds; at most 2."""
     products: int
     """Matrix products of the plain form."""
+    restarts: tuple[int, ...]
+    """Steps to restart the Gram form before, in float16."""
+    growth: float
+    """With them, directions of float16's noise grow by at most this between restarts."""
 
     @property
     def flips(self) -> bool:
@@ -55,9 +59,13 @@ def certify(rows: tuple[Row, ...], lower: float) -> Certificate:
     """The certificate of the composition of `rows` on [lower, 1], with 0 < lower <= 1."""
     if not 0 < lower <= 1:
         raise ValueError(f"a certificate needs 0 < lower <= 1, not lower={lower!r}")
+    if not rows or not all(row and all(map(isfinite, row)) for row in rows):
+        raise ValueError(f"a certificate needs rows of finite coefficients, not {rows}")
     smallest, largest = image(rows, lower, 1.0)
     slope = _round(prod(map(_intervals().mpf, (row[0] for row in rows))), down=True)
-    return Certificate(lower, smallest, largest, slope, tolerated(rows), sum(map(products, rows)))
+    restarts = gram_restarts(rows, FP16_NOISE)
+    gram = (restarts, gram_growth(rows, restarts))
+    return Certificate(lower, smallest, largest, slope, tolerated(rows), sum(map(products, rows)), *gram)
 
 
 @cache
@@ -71,14 +79,15 @@ def image(rows: tuple[Row, ...], lower: float, upper: float, rounding: float = 0
     for step, row in enumerate(rows):
         if step and rounding:
             high = high * (1 + rounding)
-        inner = [sign * x for x in _critical_points(row) for sign in (1, -1) if low.a <= sign * x <= high.b]
+        critical = (sign * x for x in _critical_points(row) for sign in (1, -1))
+        inner = [x for x in critical if not (x < low or x > high)]  # comparisons are true only where certain
         values = [_evaluate(row, x) for x in (low, high, *inner)]
         low, high = min(v.a for v in values), max(v.b for v in values)
     return _round(low, down=True), _round(high, down=False)
 
 
 def hazard(rows: tuple[Row, ...], upper: float, rounding: float = 0.0) -> str | None:
-    """What goes wrong on (0, upper], in words; None if nothing does. rounding: see image."""
+    """What goes wrong on [0, upper], in words; None if nothing does. rounding: see image."""
     smallest, largest = image(rows, 0.0, upper, rounding)
     if smallest < 0:
         return f"flips signs (its image of [0, {upper:.6g}] reaches down to {smallest:.3g})"
@@ -88,7 +97,7 @@ def hazard(rows: tuple[Row, ...], upper: float, rounding: float = 0.0) -> str | 
 
 
 def tolerated(rows: tuple[Row, ...]) -> float:
-    """The largest upper <= 2 without hazard on (0, upper], by bisection to 2^-20."""
+    """The largest upper <= 2 without hazard on [0, upper], by bisection to 2^-20."""
     safe, unsafe = 0.0, 2.0
     if hazard(rows, unsafe) is None:
         return unsafe
@@ -114,11 +123,25 @@ def gram_growth(rows: tuple[Row, ...], restarts: tuple[int, ...] = (), noise: fl
     eigenvalue = iv.mpf([-noise, 0])
     for step, row in enumerate(rows):
         if step in restarts:
-            growth, eigenvalue = 1.0, iv.mpf([-noise, 0]) * image(rows[:step], 0.0, 1.0)[1] ** 2
+            norm = max(map(abs, image(rows[:step], 0.0, 1.0)))
+            growth, eigenvalue = 1.0, iv.mpf([-noise, 0]) * iv.mpf(norm) ** 2
         factor = abs(_horner(row, eigenvalue)).b
         growth, eigenvalue = iv.mpf(growth) * factor, eigenvalue * factor**2
         largest = max(largest, growth.b)
     return _round(iv.mpf(largest), down=False)
+
+
+def gram_restarts(rows: tuple[Row, ...], noise: float, allowed: float = 1.0) -> tuple[int, ...]:
+    """The fewest steps to restart the Gram form before, so that noise of this size never outgrows the signal.
+
+    A direction of noise grows by gram_growth, its eigenvalue by the square of that; greedily, a segment takes in rows
+    as long as the eigenvalue stays below `allowed` times the norm of the matrix.
+    """
+    found: tuple[int, ...] = ()
+    for step in range(1, len(rows)):
+        if noise * gram_growth(rows[: step + 1], found, noise) ** 2 > allowed:
+            found += (step,)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------

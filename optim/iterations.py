@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .certificates import FP16_NOISE, gram_growth
-from .kernels import SHORTEST, full_product, symmetric_product
+from .certificates import FP16_NOISE, gram_restarts
+from .kernels import SHORTEST, full_product, rounds_float32, symmetric_product
 from .polynomials import Row, factors
 
 PATHS = ("plain", "symmetric", "gram")
@@ -145,18 +145,11 @@ def cost(m: int, n: int, rows: tuple[Row, ...], dtype: torch.dtype, device: str,
 
 @torch.compiler.assume_constant_result
 def restarts(rows: tuple[Row, ...], dtype: torch.dtype) -> tuple[int, ...]:
-    """The fewest steps to restart the Gram form before, so that rounding noise in it never outgrows the signal.
+    """Where certificates.gram_restarts wants them in this dtype.
 
-    A direction of noise grows by certificates.gram_growth, its eigenvalue by the square of that; greedily, a segment
-    takes in rows as long as the eigenvalue stays below the norm of the matrix, in half precision, which adds little to
-    the errors that are there anyway; below a share of sqrt(eps) of it in float32 and float64.
+    In half precision noise may grow to the norm of the matrix, which adds little to the errors that are there anyway;
+    in float32 and float64 to sqrt(eps) of it.
     """
-    rounded = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"  # to tf32 or less
-    eps = torch.finfo(torch.float16 if rounded else dtype).eps
+    eps = torch.finfo(torch.float16 if dtype == torch.float32 and rounds_float32() else dtype).eps
     noise = FP16_NOISE * eps / torch.finfo(torch.float16).eps
-    allowed = 1.0 if eps > 1e-4 else eps**0.5
-    found: tuple[int, ...] = ()
-    for step in range(1, len(rows)):
-        if noise * gram_growth(rows[: step + 1], found, noise) ** 2 > allowed:
-            found += (step,)
-    return found
+    return gram_restarts(rows, noise, 1.0 if eps > 1e-4 else eps**0.5)

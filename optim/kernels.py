@@ -6,8 +6,8 @@ from math import inf
 import torch
 from torch import Tensor
 
-# Shortest side from which half a product beats a whole one. CPU, measured on one thread in fp32 for 1 and 8 matrices:
-# 0.9x as fast at 256, 1.0x at 320, 1.15x at 384, 1.2x at 512, 1.45x from 768 (bf16: 0.8x at 384, 1.3x at 768).
+# Shortest side from which half a product beats a whole one. CPU, measured in fp32 for 1 and 8 matrices: on one thread
+# 1.05x as fast at 256, 1.2x at 384, 1.3x at 512, 1.5x at 768; on two threads 0.8x, 1.05x, 1.0x, 1.4x.
 # CUDA, not measured: a guess; below it a whole product takes little longer than its launch.
 SHORTEST = {"cpu": 384, "cuda": 256}
 BLOCK_ROWS = 128  # on the CPU; 64 to 128 are equally fast, 192 is slower
@@ -27,22 +27,25 @@ def symmetric_product(
     """alpha a b + beta c, which the caller knows to be symmetric, in the dtype of a; a new tensor (k, n, n).
 
     a (k, n, p) and b (k, p, n) are x and x^T, or symmetric matrices that commute; c (k, n, n) is symmetric. Any strides
-    will do, and the operands may be one tensor. Where half is computed the result equals its transpose bit for bit;
-    elsewhere (small matrices, devices other than CPU and CUDA, CUDA without Triton) up to rounding. Not differentiable.
+    will do, and the operands may be one tensor. The result is symmetric to the bit where Triton computes half, up to
+    rounding elsewhere: in blocks on the diagonal, for small matrices, on other devices. Not differentiable.
 
     On CUDA the first call for a new shape, layout and dtype tries out tile sizes and keeps the best on disk, so a CUDA
     graph may only capture what has run before. torch.compile sees one opaque operator.
     """
     operands = (a, b) if c is None else (a, b, c)
     k, n, p = a.shape if a.ndim == 3 else (-1, -1, -1)
-    if any(t.shape != shape for t, shape in zip(operands, ((k, n, p), (k, p, n), (k, n, n)), strict=False)):
-        shapes = ", ".join(str(tuple(t.shape)) for t in operands)
-        raise ValueError(f"symmetric_product takes a (k, n, p), b (k, p, n) and c (k, n, n), not {shapes}")
+    shapes = ((k, n, p), (k, p, n), (k, n, n))[: len(operands)]
+    if any(t.shape != shape for t, shape in zip(operands, shapes, strict=True)):
+        given = ", ".join(str(tuple(t.shape)) for t in operands)
+        raise ValueError(f"symmetric_product takes a (k, n, p), b (k, p, n) and c (k, n, n), not {given}")
     if any(t.dtype != a.dtype or t.device != a.device for t in operands):
         kinds = ", ".join(f"{t.dtype} on {t.device}" for t in operands)
         raise ValueError(f"symmetric_product takes operands of one dtype on one device, not {kinds}")
     if min(n, p) < SHORTEST.get(a.device.type, inf):
         return full_product(a, b, c, alpha=alpha, beta=beta)
+    if a.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _block_rows(a, b, c, alpha, beta)  # the operator below would cost as much as a tenth of the product
     return _half(a, b, c, alpha, beta)
 
 
@@ -73,8 +76,6 @@ def _block_rows(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: floa
             j = min(i + BLOCK_ROWS, n)
             torch.addmm(w[i:j, :j], x[i:j], y[:, :j], beta=weight, alpha=alpha, out=z[i:j, :j])
             z[:i, i:j] = z[i:j, :i].mT
-            diagonal = z[i:j, i:j]
-            diagonal.copy_(diagonal.tril() + diagonal.tril(-1).mT)
     return out
 
 
@@ -86,3 +87,12 @@ def _triton_product():
     except ImportError:
         return None
     return half_product
+
+
+@torch.compiler.assume_constant_result
+def rounds_float32() -> bool:
+    """Whether PyTorch may round the factors of float32 products, to TF32 or less, on some device."""
+    settings = {torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision}
+    if "none" in settings:
+        settings.add(torch.backends.fp32_precision)
+    return not settings <= {"ieee", "none"}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import exact
 from .iterations import PATHS, apply, fastest_path
+from .kernels import rounds_float32
 from .schedules import SCHEDULES, Schedule, schedule
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -84,9 +85,15 @@ NORMALIZERS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 class Orthogonalizer:
-    """Checks and flattens the batch; a subclass maps it, (k, m, n) with no empty side, in `polar`."""
+    """Checks and flattens the batch; a subclass maps it, (k, m, n) with no empty side, in `polar`.
 
+    Nothing is recorded for autograd.
+    """
+
+    @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
+            raise ValueError(f"an orthogonalizer takes a dense tensor, not {getattr(x, 'layout', type(x).__name__)}")
         if x.ndim < 2:
             raise ValueError(f"an orthogonalizer takes matrices (..., m, n), not a tensor of shape {tuple(x.shape)}")
         if not x.is_floating_point():
@@ -103,9 +110,11 @@ class Orthogonalizer:
 class PolynomialOrthogonalizer(Orthogonalizer):
     """Matrix products alone: normalized in float32 or float64 first, cast to `dtype`, then one row a step.
 
+    Singular values come out within the schedule's certificate, and in half precision up to 5 % beyond its ends.
     dtype None is float64 for float64, bfloat16 on CUDA devices that are fast in it (float16 if path or schedule are not
     made for bfloat16), and float32 elsewhere: a CPU without bfloat16 units takes a hundred times as long in it.
-    path: 'plain', 'symmetric' or 'gram' (see iterations.py); 'auto' takes the one of least cost for each shape.
+    path: 'plain', 'symmetric' or 'gram' (see iterations.py); 'auto' takes the one of least cost for each shape. Square
+    matrices have no Gram path and take the symmetric one.
     """
 
     schedule: Schedule
@@ -114,6 +123,7 @@ class PolynomialOrthogonalizer(Orthogonalizer):
 
     def polar(self, x: Tensor) -> Tensor:
         dtype = self.dtype or _fast_dtype(x, self.schedule.bf16 and self.path != "gram")
+        x = x.double() if dtype == torch.float64 else x
         normal = NORMALIZERS[self.schedule.normalizer](x, self.schedule.margin).to(dtype)
         path = self.path
         if path == "auto":
@@ -132,9 +142,9 @@ class ExactOrthogonalizer(Orthogonalizer):
     dtype: torch.dtype | None = None
 
     def polar(self, x: Tensor) -> Tensor:
-        x = normalize(x)
-        exact_products = torch.get_float32_matmul_precision() == "highest"
-        return EXACT[self.name](x.to(self.dtype or (x.dtype if exact_products else torch.float64)))
+        wide = x.dtype == torch.float64 or rounds_float32()
+        dtype = self.dtype or (torch.float64 if wide else torch.float32)
+        return EXACT[self.name](normalize(x.to(dtype)))
 
 
 def orthogonalizer(
@@ -152,15 +162,16 @@ def orthogonalizer(
     steps: how many rows of the polynomial schedule are applied (default: as published, mostly 5).
     dtype: of the iteration, 'auto', 'bf16', 'fp16', 'fp32', 'fp64' or a torch dtype; never that of the result.
     margin: factor on the norm, 1 or more (default: the schedule's own).
-    path: 'auto', 'plain', 'symmetric' or 'gram': one map, computed in three ways.
+    path: 'auto', 'plain', 'symmetric' or 'gram': one map, computed in three ways. auto keeps gram to fp16 and fp32.
     normalizer: 'frobenius', or 'power' for one more step that lifts what a dominant singular value hides (default: the
         schedule's own; turbo's cannot be changed).
     allow_unsafe: accept a schedule that a rank-one matrix makes flip signs or explode.
-    The exact methods have none of these but dtype and ignore the others, so that a sweep can put them beside the rest.
+    The exact methods have none of these but dtype and ignore the others, so that a sweep can put them beside the rest;
+    exact.zolo_pd itself has a choice of factorizations.
     """
     if name not in ORTHOGONALIZERS:
         raise ValueError(f"unknown orthogonalizer {name!r}; choose one of {', '.join(ORTHOGONALIZERS)}")
-    chosen = None if dtype == "auto" else DTYPES.get(dtype, dtype)
+    chosen = None if dtype == "auto" else DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if chosen is not None and chosen not in DTYPES.values():
         raise ValueError(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)} or the torch dtype of one")
     if path not in ("auto", *PATHS):

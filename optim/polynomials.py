@@ -46,6 +46,8 @@ def factors(row: Row) -> tuple[Row, ...]:
     """
     if len(row) <= 3:
         return (row,)
+    if not (row[0] > 0 and row[-1]):
+        raise ValueError(f"a row needs a positive first coefficient and a last one that is not zero, not {row}")
     roots = np.roots(row[::-1])
     real = sorted(roots[np.isreal(roots)].real, key=abs, reverse=True)
     found = [(abs(root) ** 2, -2 * root.real, 1.0) for root in roots if root.imag > 0]
@@ -77,8 +79,8 @@ def minimax(degree: int, lower: float, upper: float = 1.0) -> Row:
     """
     if not (isinstance(degree, int) and degree >= 3 and degree % 2):
         raise ValueError(f"minimax designs odd polynomials of degree 3, 5, 7, ..., not {degree!r}")
-    if not 0.0 < lower <= upper < math.inf:
-        raise ValueError(f"minimax needs 0 < lower <= upper, not lower={lower} and upper={upper}")
+    if not 1e-100 < lower <= upper < 1e100:
+        raise ValueError(f"minimax needs 0 < lower <= upper, of usual size, not lower={lower} and upper={upper}")
     terms = (degree + 1) // 2
     narrowness = (upper - lower) * (upper + lower) / (upper**2 + lower**2)
     if math.comb(2 * terms, terms) / 4**terms * narrowness**terms < 2.0 ** (terms - 54):
@@ -136,10 +138,13 @@ def polar_express(
         through the shrunk rows.
     cushion and degree are those of all rows, or one for each.
     """
-    if steps < 1:
-        raise ValueError(f"polar_express needs at least one step, not {steps}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"polar_express needs at least one whole step, not {steps!r}")
+    degrees, cushions = _each(degree, steps), _each(cushion, steps)
+    if not (all(0 <= c <= 1 for c in cushions) and 1 <= safety < math.inf):
+        raise ValueError(f"polar_express needs cushions in [0, 1] and a safety of at least 1, not {cushion}, {safety}")
     rows, upper = [], 1.0
-    for step, (d, c) in enumerate(zip(_each(degree, steps), _each(cushion, steps), strict=True)):
+    for step, (d, c) in enumerate(zip(degrees, cushions, strict=True)):
         narrowed = max(lower, c * upper)
         row = minimax(d, narrowed, upper)
         if narrowed > lower:  # the image now begins at p(lower), and still ends 1 - p(narrowed) above 1

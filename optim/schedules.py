@@ -27,6 +27,10 @@ class Schedule:
     normalizer: str = "frobenius"
     bf16: bool = True
 
+    def __post_init__(self) -> None:
+        if not self.rows or not all(len(row) >= 2 and all(map(math.isfinite, row)) for row in self.rows):
+            raise ValueError(f"schedule {self.name!r} needs rows of at least two finite coefficients, not {self.rows}")
+
     def certify(self, lower: float = 1e-3) -> Certificate:
         """Bounds, proved, on the image of normalized singular values in [lower, 1], and on the overshoot tolerated."""
         return certify(self.rows, lower)

@@ -62,6 +62,8 @@ STYLES = {  # of what the figures show; the rest is in the table of the syntheti
     SMALL: ("tab:blue", ":"),
 }
 
+EXACT_MARKERS = {"qdwh": "v", "zolo_pd": "D"}
+
 # ---------------------------------------------------------------------------------------------------------------
 # Matrices
 
@@ -241,6 +243,7 @@ def pyplot() -> ModuleType:
 def figure(curves: Sequence[Curve], metric: str, path: Path) -> None:
     """One metric: a column an input, above against iterations, below against matrix products."""
     plt = pyplot()
+    exact = [c for c in curves if c.products is None]
     curves = [c for c in curves if c.method in STYLES]
     inputs = list(dict.fromkeys(c.input for c in curves))
     size = (1.5 + 3.6 * len(inputs), 7.6)
@@ -251,6 +254,10 @@ def figure(curves: Sequence[Curve], metric: str, path: Path) -> None:
         for axes, x in zip(grid[:, inputs.index(c.input)], (c.iterations, c.products), strict=True):
             axes.plot(x, middle, color=color, linestyle=line, linewidth=1.6, label=c.method)
             axes.fill_between(x, low, high, color=color, alpha=0.08, linewidth=0)
+    for c in exact:  # at the number of their factorizations, and at the lower edge where they are more exact than that
+        error = max(c.errors[-1, list(METRICS).index(metric), 0], 1.3e-7)
+        style = dict(color="black", marker=EXACT_MARKERS[c.method], linestyle="none", clip_on=False)
+        grid[0, inputs.index(c.input)].plot(c.iterations[-1], error, label=f"{c.method} (factorizations)", **style)
     for axes, name in zip(grid[0], inputs, strict=True):
         axes.set(title=name, xlabel="iterations")
         axes.title.set_fontsize(10)
@@ -265,7 +272,7 @@ def figure(curves: Sequence[Curve], metric: str, path: Path) -> None:
     for axes in grid[:, 0]:
         axes.set_ylabel(METRICS[metric])
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    columns = min(3, 1 + len(inputs))
+    columns = min(4, 1 + len(inputs))
     fig.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
     fig.savefig(path, dpi=110)
     plt.close(fig)

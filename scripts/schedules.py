@@ -12,11 +12,9 @@ flips and no image exceeds 3; `rounded` says what one rounding up to bfloat16 in
 import argparse
 import sys
 
-import torch
 from tabulate import tabulate
 
-from optim.certificates import BF16_ROUNDING, gram_growth, hazard
-from optim.iterations import restarts
+from optim.certificates import BF16_ROUNDING, hazard
 from optim.schedules import SCHEDULES, Schedule, schedule
 
 HEADERS = (
@@ -28,9 +26,8 @@ HEADERS = (
 def table_row(plan: Schedule, lower: float) -> tuple:
     proof = plan.certify(lower)
     reason = hazard(plan.rows, (1 + BF16_ROUNDING) / plan.margin, BF16_ROUNDING)
-    starts = restarts(plan.rows, torch.float16)
     image = (f"{proof.smallest:.4f}", f"{proof.largest:.4f}", f"{proof.slope:.4g}", f"{proof.tolerated:.4f}")
-    growth = (", ".join(map(str, starts)), f"{gram_growth(plan.rows, starts):.3g}")
+    growth = (", ".join(map(str, proof.restarts)), f"{proof.growth:.3g}")
     name = plan.name if plan.normalizer == "frobenius" else f"{plan.name} ({plan.normalizer})"
     return name, len(plan.rows), proof.products, *image, plan.margin, reason or "safe", *growth, plan.source
 

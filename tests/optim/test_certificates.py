@@ -200,7 +200,7 @@ def simulated_growth(rows, restarts, noise):
     largest, q, y = 1.0, 1.0, np.linspace(-noise, 0, 1001)
     for step, row in enumerate(rows):
         if step in restarts:
-            norm = composition(rows[:step], np.linspace(0, 1, 100_001)).max()
+            norm = np.abs(composition(rows[:step], np.linspace(0, 1, 100_001))).max()
             q, y = 1.0, np.linspace(-noise, 0, 1001) * norm**2
         h = sum(c * y**k for k, c in enumerate(row))
         q, y = q * h, y * h * h
@@ -233,3 +233,29 @@ def test_gram_growth_as_published():
 def test_bad_lower_is_named(lower):
     with pytest.raises(ValueError, match=f"0 < lower <= 1, not lower={lower}"):
         schedule("jordan").certify(lower)
+
+
+def test_growth_is_relative_to_the_largest_size_not_the_largest_value():
+    """The first row takes 1 to -2, so the noise of the next Gram matrix is relative to 4."""
+    rows = ((1.0, -3.0), (10.0, -500.0))
+    assert gram_growth(rows, (1,), 1e-2) == pytest.approx(simulated_growth(rows, (1,), 1e-2), rel=1e-9) == 30.0
+
+
+def test_a_critical_point_at_the_edge_of_what_can_be_isolated_is_kept():
+    """Roots so small that their enclosures are wide beside them: the bound may be loose there, but never wrong."""
+    for s in (1e-18, 1e-20, 1e-21, 1e-22, 1e-24):
+        b = 1 / (12 * s**3)
+        row, x = (1 / s, -b, b / 1000), np.linspace(s, 10 * s, 10_001)
+        assert image((row,), s, 10 * s)[1] >= (x / s - b * x**3).max() * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("rows", [(), ((),), ((float("nan"), 1.0),), ((1.0, float("inf")),)])
+def test_bad_rows_are_named(rows):
+    with pytest.raises(ValueError, match="rows of finite coefficients"):
+        certify(rows, 0.1)
+
+
+def test_the_certificate_holds_the_gram_form():
+    certificate = schedule("polar_express_gram").certify()
+    assert certificate.restarts == (2,)
+    assert certificate.growth == pytest.approx(simulated_growth(named("polar_express_gram"), (2,), 4e-4), rel=1e-6)

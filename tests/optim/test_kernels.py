@@ -58,8 +58,11 @@ def both_products(product, a, b, c):
     return product(a, b, None, 1.0, 0.0), product(a, b, c, ALPHA, BETA)
 
 
-def assert_products(products, a, b, c, exact=True):
-    """One rounding to the dtype on top of sums in float32 (float64 for float64); symmetric to the last bit."""
+def assert_products(products, a, b, c, block=0):
+    """One rounding to the dtype on top of sums in float32 (float64 for float64).
+
+    Symmetric to the last bit outside the blocks of this size on the diagonal, or everywhere.
+    """
     wide_a, wide_b, wide_c = a.double(), b.double(), c.double()
     ab, size = wide_a @ wide_b, wide_a.abs() @ wide_b.abs()
     references = (ab, size), (ALPHA * ab + BETA * wide_c, ALPHA * size + abs(BETA) * wide_c.abs())
@@ -68,7 +71,9 @@ def assert_products(products, a, b, c, exact=True):
         assert product.shape == reference.shape and product.dtype == a.dtype
         rounding = unit * reference.abs() + (a.size(-1) + 3) * min(unit, torch.finfo(torch.float32).eps) * size
         assert ((product.double() - reference).abs() <= rounding + torch.finfo(a.dtype).tiny).all()
-        assert not exact or torch.equal(product, product.mT)
+        index = torch.arange(product.size(-1)) // max(block, 1)
+        off = index[:, None] != index
+        assert torch.equal(product * off, product.mT * off)
 
 
 # ---- Triton ---------------------------------------------------------------------------------------------------------
@@ -103,7 +108,7 @@ def interpret(_, directory):
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", "3.7", reason="the interpreter of older Tritons fails with NumPy 2.4")
     directory = tmp_path_factory.mktemp("triton")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -170,7 +175,7 @@ def test_block_rows(small_blocks, layout, n, dtype):
     a, b, c = operands(layout, n, 20, 2, dtype)
     products = both_products(by_keyword, a, b, c)
     assert all(map(torch.equal, (a, b, c), operands(layout, n, 20, 2, dtype)))
-    assert_products(products, a, b, c)
+    assert_products(products, a, b, c, block=kernels.BLOCK_ROWS)
 
 
 @pytest.mark.parametrize("n, p, k", [(20, 0, 2), (0, 20, 2), (20, 20, 0)])
@@ -182,7 +187,8 @@ def test_block_rows_of_nothing(small_blocks, n, p, k):
 @pytest.mark.parametrize("n, p", [(5, 0), (130, 64), (383, 400), (384, 384), (385, 400), (513, 390)])
 def test_product_around_the_shortest_side(n, p):
     a, b, c = operands("tall", n, p, 1, torch.float32)
-    assert_products(both_products(by_keyword, a, b, c), a, b, c, exact=min(n, p) >= kernels.SHORTEST["cpu"])
+    halved = min(n, p) >= kernels.SHORTEST["cpu"]
+    assert_products(both_products(by_keyword, a, b, c), a, b, c, block=kernels.BLOCK_ROWS if halved else n)
 
 
 def test_compiles_to_one_graph_a_shape():

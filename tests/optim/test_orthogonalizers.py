@@ -243,7 +243,7 @@ def test_zero_rows_stay_zero(name):
     for dtype in dtypes_of(name):
         y = make(name, dtype=dtype)(one_token)
         if name == "svd" or name in SCHEDULES:
-            assert y[[0, 1, 3, 4, 5]].abs().max() == 0
+            assert y[[0, 1, 3, 4, 5]].abs().max() <= (1e-15 if name in EXACT else 0)  # LAPACK may round
         assert torch.nn.functional.cosine_similarity(y[2].double(), one_token[2].double(), dim=0) > 0.999
         assert 0.4 < y[2].norm() < 1.4
 
@@ -420,6 +420,10 @@ def test_repr_tells_what_is_applied():
         (lambda: orthogonalizer("svd")(torch.ones(3)), r"shape \(3,\)"),
         (lambda: orthogonalizer("jordan")(torch.ones(2, 2, dtype=torch.int64)), "not torch.int64"),
         (lambda: orthogonalizer("jordan")(torch.ones(2, 2, dtype=torch.complex64)), "not torch.complex64"),
+        (lambda: orthogonalizer("jordan", dtype=[]), r"unknown dtype \[\]"),
+        (lambda: orthogonalizer("nonic", dtype="bf16"), "does not survive bf16"),
+        (lambda: orthogonalizer("jordan")([[1.0]]), "a dense tensor, not list"),
+        (lambda: orthogonalizer("jordan")(torch.ones(2, 2).to_sparse()), "a dense tensor, not torch.sparse_coo"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
@@ -437,3 +441,29 @@ def test_unsafe_schedules_can_be_had():
         for row in chosen.schedule.rows:
             s = sum(c * s ** (2 * k + 1) for k, c in enumerate(row))
         torch.testing.assert_close(torch.linalg.svdvals(chosen(x)), s.sort(descending=True).values, rtol=0, atol=1e-11)
+
+
+def test_products_rounded_to_tf32_are_no_obstacle():
+    """However the trainer asked for them: exact methods go to float64, the Gram form restarts as for float16."""
+    old, new = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul
+    x = gaussian(6, 9, dtype=torch.float32)
+    exact = orthogonalizer("svd", dtype="fp64")(x)
+    try:
+        for ask in (lambda: torch.set_float32_matmul_precision("high"), lambda: setattr(new, "fp32_precision", "tf32")):
+            ask()
+            assert torch.equal(orthogonalizer("svd")(x), exact)
+            assert orthogonalizer("polar_express")(x).isfinite().all()
+    finally:
+        torch.set_float32_matmul_precision(old)
+
+
+def test_float64_is_float64_from_the_norm_on():
+    x = with_spectrum(torch.logspace(0, -4, 12, dtype=torch.float64), 12, 12)[0].float()
+    for name in ("svd", "scaled_newton_schulz"):
+        expected = orthogonalizer(name)(x.double())
+        torch.testing.assert_close(orthogonalizer(name, dtype="fp64")(x), expected.float(), rtol=0, atol=1e-7)
+
+
+def test_nothing_is_recorded_for_autograd():
+    x = gaussian(6, 9).requires_grad_()
+    assert not orthogonalizer("polar_express")(x).requires_grad

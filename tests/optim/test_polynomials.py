@@ -271,17 +271,30 @@ def test_evaluate_and_shrink():
         (lambda: minimax(4, 0.1), "degree 3, 5, 7, ..., not 4"),
         (lambda: minimax(1, 0.1), "not 1"),
         (lambda: minimax(5.0, 0.1), "not 5.0"),
-        (lambda: minimax(5, 0.0), "0 < lower <= upper, not lower=0.0"),
+        (lambda: minimax(5, 0.0), "0 < lower <= upper.* not lower=0.0"),
         (lambda: minimax(5, 0.5, 0.4), "lower=0.5 and upper=0.4"),
         (lambda: minimax(5, float("nan")), "lower=nan"),
         (lambda: minimax(5, 0.5, float("inf")), "upper=inf"),
-        (lambda: polar_express(0, lower=1e-3), "at least one step, not 0"),
+        (lambda: polar_express(0, lower=1e-3), "at least one whole step, not 0"),
         (lambda: polar_express(3, lower=1e-3, degree=[5, 7]), "3 steps.*not 2"),
         (lambda: polar_express(2, lower=1e-3, cushion=[0.1, 0.1, 0.1]), "2 steps.*not 3"),
         (lambda: polar_express(2, lower=1e-3, degree=[5, 6]), "not 6"),
         (lambda: polar_express(2, lower=0.0), "lower=0.0"),
+        (lambda: minimax(5, 1e150, 1e200), "of usual size"),
+        (lambda: polar_express(2.5, lower=1e-3), "at least one whole step, not 2.5"),
+        (lambda: polar_express(2, lower=1e-3, safety=0.5), "safety of at least 1"),
+        (lambda: polar_express(2, lower=1e-3, cushion=float("nan")), r"cushions in \[0, 1\]"),
+        (lambda: polar_express(2, lower=1e-3, cushion=[0.1, -1]), r"cushions in \[0, 1\]"),
+        (lambda: factors((0.0, 1.0, 1.0, 1.0)), "positive first coefficient"),
+        (lambda: factors((1.0, 1.0, 1.0, 0.0)), "a last one that is not zero"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_list_that_has_converged_goes_on():
+    """The lower bound may then round to above 1: for every bound the row after is still designed."""
+    for lower in np.geomspace(1e-9, 0.9, 60):
+        assert len(polar_express(24, lower=lower)) == 24

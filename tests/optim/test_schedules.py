@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from optim.polynomials import shrink
-from optim.schedules import SCHEDULES, schedule
+from optim.schedules import SCHEDULES, Schedule, schedule
 
 # basic.py of the paper's repository, before its safety factor; the last row is exactly Newton-Schulz.
 PAPER = [
@@ -288,3 +288,9 @@ def test_a_float_of_steps_is_refused_whatever_was_asked_before():
     schedule("jordan", 5)
     with pytest.raises(ValueError, match=r"steps=5\.0"):
         schedule("jordan", 5.0)
+
+
+@pytest.mark.parametrize("rows", [(), ((1.0,),), ((1.0, float("nan")),)])
+def test_a_schedule_of_ones_own_is_checked(rows):
+    with pytest.raises(ValueError, match="'mine' needs rows of at least two finite coefficients"):
+        Schedule("mine", rows, 1.0, "here")
