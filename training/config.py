@@ -14,7 +14,8 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -324,16 +325,32 @@ def key_help(kind: type = Config, prefix: str = "") -> str:
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file with `key=value` overrides on top; raises ConfigError with one sentence."""
+    return config_reader(path)(overrides)
+
+
+def config_reader(path: str | Path | None = None) -> Callable[[Sequence[str]], Config]:
+    """`load_config` of one file for any number of lists of overrides; the file is read and checked once."""
     parser = key_parser()
     values = _read_yaml(Path(path)) if path is not None else {}
-    arguments = [_as_option(text) for text in overrides]
     _check_keys(values, str(path))
-    for argument in arguments:
-        _check_keys(_nest(argument[2:].split("=", 1)[0]), "the command line")
+    with _in_one_sentence():
+        below = parser.parse_object(values, defaults=True) if values else parser.get_defaults()
+
+    def read(overrides: Sequence[str]) -> Config:
+        arguments = [_as_option(text) for text in overrides]
+        for argument in arguments:
+            _check_keys(_nest(argument[2:].split("=", 1)[0]), "the command line")
+        with _in_one_sentence():
+            return _instantiate(parser, parser.parse_args(arguments, namespace=below.clone()))
+
+    return read
+
+
+@contextmanager
+def _in_one_sentence() -> Iterator[None]:
+    """Turn whatever a parser raises into a ConfigError."""
     try:
-        namespace = parser.parse_object(values, defaults=True) if values else parser.get_defaults()
-        namespace = parser.parse_args(arguments, namespace=namespace)
-        return _instantiate(parser, namespace)
+        yield
     except ConfigError:
         raise
     except Exception as error:
