@@ -1,15 +1,13 @@
-"""What is done with a finished run: sampling, export to Transformers, report."""
+"""What is done with a finished run: sampling, export to Transformers."""
 
-import csv
 import json
 import shutil
-import statistics
 
 import pytest
 import torch
 
 import train_gpt2
-from scripts import export, report, sample
+from scripts import export, sample
 from training.finished_run import load_run
 
 
@@ -96,45 +94,3 @@ def test_push_that_fails_says_where_the_model_lies(run, tmp_path, monkeypatch, c
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     assert export.main([str(run), str(tmp_path / "out"), "--push", "me/model"]) == 2
     assert f"the exported model lies in {tmp_path / 'out'}" in capsys.readouterr().err
-
-
-def fake_run(root, name, method, lr, seed, loss, status="completed", more=""):
-    path = root / name
-    path.mkdir(parents=True)
-    (path / "config.yaml").write_text(f"optim: {{matrix: {{orthogonalizer: {method}, lr: {lr}}}}}\n{more}")
-    values = {"val_loss": loss, "bits_per_byte": 1.0, "steps": 3, "tokens": 9, "train_seconds": 1.0}
-    (path / "summary.json").write_text(json.dumps({"status": status, "seed": seed, **values}))
-
-
-def test_report_means_and_deviations_over_seeds(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    losses = {("jordan", 0.01): [3.0, 3.2], ("jordan", 0.02): [2.9, 3.0], ("svd", 0.01): [2.8, 2.9]}
-    for (method, lr), seeds in losses.items():
-        for seed, loss in enumerate(seeds):
-            fake_run(tmp_path / "runs", f"{method}-{lr}-{seed}", method, lr, seed, loss)
-    for seed, status in enumerate(("diverged", "completed")):
-        fake_run(tmp_path / "runs", f"svd-1-{seed}", "svd", 1.0, seed, 9.9, status=status)
-    fake_run(tmp_path / "runs", "svd-2", "svd", 0.01, 2, 7.7, status="interrupted")
-    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
-
-    rows = {(p.method, p.lr): p for p in report.points(report.read_results([tmp_path / "runs"]))}
-    for (method, lr), seeds in losses.items():
-        point = rows[f"muon {method}", lr]
-        assert point.mean == pytest.approx(sum(seeds) / 2) and point.sd == pytest.approx(statistics.stdev(seeds))
-    assert (rows["muon svd", 1.0].mean, rows["muon svd", 1.0].sd) == (None, None)
-    table = capsys.readouterr().out
-    assert "**2.9500**" in table and "**2.8500**" in table and "diverged" in table and "9.9" not in table
-    assert len(list(csv.DictReader((tmp_path / "out" / "runs.csv").open()))) == 8
-    assert (tmp_path / "out" / "loss_vs_lr.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_report_averages_seeds_only(tmp_path):
-    for seed, more in enumerate(("", "train: {steps: 7}\n", "train: {steps: 7, log_every: 3}\n")):
-        fake_run(tmp_path, f"run{seed}", "jordan", 0.01, seed, 3.0 + seed, more=more)
-    found = {p.method: (p.mean, p.seeds) for p in report.points(report.read_results([tmp_path]))}
-    assert found == {"muon jordan train.steps=1000": (3.0, 1), "muon jordan train.steps=7": (4.5, 2)}
-
-
-def test_report_on_nothing_says_so(tmp_path, capsys):
-    assert report.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "no finished run" in capsys.readouterr().err

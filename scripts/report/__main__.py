@@ -1,0 +1,7 @@
+"""`python -m scripts.report`."""
+
+import sys
+
+from scripts.report import main
+
+sys.exit(main())

@@ -1,0 +1,195 @@
+"""All that a report says, worked out once: the tables, the figures and the page are written from it."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scripts.report.points import (
+    Curves,
+    Point,
+    Reached,
+    Sensitivity,
+    best_points,
+    curves,
+    held_out,
+    points,
+    reach,
+    sensitivity,
+)
+from scripts.report.published import published_for
+from scripts.report.runs import AVERAGED, Reading, Run, text
+from scripts.report.verdict import Comparison, compare_all
+
+MOST = 24  # methods that a figure can hold and pairs can be read of
+TOLERANCE = 0.02  # nats per token that a useful learning rate may cost
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method at its best learning rate."""
+
+    best: Point
+    range: Sensitivity
+    at_edge: bool  # the best learning rate is the grid's first or last
+    held_out: dict[int, float | None]  # loss by seed, at the learning rate chosen by the other seeds
+    curves: Curves | None
+    reached: Reached | None  # the target
+
+    @property
+    def name(self) -> str:
+        return self.best.method
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Methods and pairs are in order of the best loss, the lowest first."""
+
+    runs: list[Run]
+    notes: list[str]
+    rows: list[Point]
+    methods: list[Method]
+    target: float | None
+    verdict: list[Comparison]
+    held_out_verdict: list[Comparison]  # the same with each seed's learning rate chosen without it
+    rule: str | None
+    published: dict[str, dict[float, float]]
+
+    @property
+    def names(self) -> list[str]:
+        """Every method, those that diverged everywhere last."""
+        return list(dict.fromkeys([m.name for m in self.methods] + [p.method for p in self.rows]))
+
+    @property
+    def shown(self) -> list[str]:
+        """The methods in the figures."""
+        return self.names[:MOST]
+
+
+def find(reading: Reading, target: float | None, difference: float, rule: str | None) -> Findings:
+    """target: loss that methods are timed to, by default the worst method's best; difference: to be resolved."""
+    rows = points(reading.runs)
+    best = best_points(rows)
+    if target is None and best:
+        target = best[-1].mean
+    methods = [_method(rows, point, target) for point in best]
+    chosen = {m.name: m.best.losses for m in methods[:MOST]}
+    unchosen = {m.name: m.held_out for m in methods[:MOST] if m.held_out and None not in m.held_out.values()}
+    return Findings(
+        runs=reading.runs,
+        notes=[*reading.notes, *_cautions(rows, methods, reading.runs)],
+        rows=rows,
+        methods=methods,
+        target=target,
+        verdict=compare_all(chosen, difference),
+        held_out_verdict=compare_all(unchosen, difference),
+        rule=rule,
+        published=published_for(reading.runs),
+    )
+
+
+def _method(rows: Sequence[Point], best: Point, target: float) -> Method:
+    own = [p for p in rows if p.method == best.method]
+    found = curves(best)
+    return Method(
+        best=best,
+        range=sensitivity(own, best, TOLERANCE),
+        at_edge=best.lr in (own[0].lr, own[-1].lr),
+        held_out=held_out(own),
+        curves=found,
+        reached=reach(found, target) if found else None,
+    )
+
+
+def _cautions(rows: Sequence[Point], methods: Sequence[Method], runs: Sequence[Run]) -> Iterator[str]:
+    """What a reader of the figures has to know."""
+    if len(methods) > MOST:
+        yield f"figures and verdict hold the best {MOST} of {len(methods)} methods"
+    seeds = Counter(len(p.runs) for p in rows)
+    if len(seeds) > 1:
+        yield f"not every learning rate has the same number of seeds: {min(seeds)} to {max(seeds)}"
+    if seeds[1] == len(rows):
+        yield "one seed only: differences may be noise, and nothing here can tell"
+    for name in sorted({p.method for p in rows} - {m.name for m in methods}):
+        yield f"{name} diverged at every learning rate that was tried"
+    for m in methods:
+        if m.at_edge:
+            yield f"{m.name} is best at the edge of its grid, {m.best.lr:g}: its optimum may lie outside"
+        if None in m.held_out.values():
+            yield f"{m.name} diverged in a seed at the learning rate that the others choose"
+        if m.curves is None:
+            yield f"{m.name} has no evaluations in metrics.jsonl at {m.best.lr:g}, so no curve"
+    if len({run.settings["train.steps"] for run in runs}) > 1:
+        yield "runs differ in their number of steps, so in the point of the schedule that a step is at"
+    if len({_hardware(run) for run in runs}) > 1:
+        yield "runs are from several kinds of machines or versions, so seconds do not compare; see the table"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the optimizers did, from the inspect records of the best learning rates
+
+
+def orthogonality_errors(point: Point) -> dict[int, float]:
+    """By step: the largest error over the sampled matrices, median over the seeds."""
+    found = defaultdict(list)
+    for step, record in _inspections(point):
+        errors = [d.get("error") for d in _mapping(record, "directions").values() if isinstance(d, dict)]
+        if numbers := [e for e in errors if isinstance(e, int | float) and e > 0]:
+            found[step].append(max(numbers))
+    return {step: statistics.median(values) for step, values in sorted(found.items())}
+
+
+def update_sizes(point: Point) -> dict[str, dict[int, float]]:
+    """By kind of parameter and step: RMS of the update over RMS of the weights, median over the seeds."""
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for step, record in _inspections(point):
+        for kind, ratio in _mapping(record, "update_to_weight").items():
+            if isinstance(ratio, int | float) and ratio > 0:
+                found[kind][step].append(ratio)
+    return {kind: {s: statistics.median(v) for s, v in sorted(of.items())} for kind, of in found.items()}
+
+
+def _inspections(point: Point) -> Iterator[tuple[int, dict[str, Any]]]:
+    for run in point.runs:
+        yield from run.records["inspect"].items()
+
+
+def _mapping(record: dict[str, Any], key: str) -> dict[str, Any]:
+    values = record.get(key)
+    return values if isinstance(values, dict) else {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the runs were made with
+
+HARDWARE = ("device", "ranks", "processor", "cores", "system", "Python", "torch", "CUDA", "commit")
+
+
+def hardware(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """Rows of the values of HARDWARE and the number of runs made there."""
+    return [(*values, str(count)) for values, count in Counter(map(_hardware, runs)).most_common()]
+
+
+def _hardware(run: Run) -> tuple[str, ...]:
+    found = run.environment
+    machine, packages, git = (_mapping(found, key) for key in ("machine", "packages", "git"))
+    commit = str(git.get("commit", ""))[:12] + (" with changes" if git.get("changed") else "")
+    values = (found.get("device"), found.get("world_size"), machine.get("processor"), machine.get("cores"))
+    values += (machine.get("system"), found.get("python"), packages.get("torch"), found.get("cuda"), commit)
+    return tuple("" if value is None else str(value) for value in values)
+
+
+def configuration(runs: Sequence[Run]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Keys that differ between the methods that read them, with each one's value, and the keys that these share."""
+    of = {run.method: run.settings for run in reversed(runs)}
+    differ, shared = {}, {}
+    for key in sorted({key for settings in of.values() for key in settings} - AVERAGED):
+        values = {method: text(settings[key]) for method, settings in of.items() if key in settings}
+        if len(set(values.values())) > 1:
+            differ[key] = values
+        else:
+            shared[key] = next(iter(values.values()))
+    return differ, shared

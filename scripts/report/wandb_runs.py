@@ -1,0 +1,113 @@
+"""Runs as Weights & Biases keeps them: the file of an offline run, and the table of runs that its pages export."""
+
+from __future__ import annotations
+
+import csv
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from training.config import ConfigError, all_keys, settings
+
+# A .wandb file is a LevelDB log with a header of its own: records in blocks, a record that crosses blocks in parts.
+# The format: LevelDB's doc/log_format.md.
+HEADER, BLOCK, PART = 7, 32768, struct.Struct("<IHB")  # checksum, length and kind go before each part
+WHOLE, LAST = 1, 4
+STATES = {"finished": "completed", "crashed": "crashed", "failed": "failed", "killed": "interrupted"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a run directory would hold: its settings, its summary, and its val and inspect records by step."""
+
+    name: str
+    settings: dict[str, Any]
+    summary: dict[str, Any]
+    records: dict[str, dict[int, dict[str, Any]]] = field(default_factory=lambda: {"val": {}, "inspect": {}})
+
+
+def read_offline(path: Path) -> Stored:
+    """The run in a .wandb file; raises ConfigError with one sentence."""
+    try:
+        from google.protobuf.message import DecodeError
+        from wandb.proto.wandb_internal_pb2 import Record
+    except ImportError as error:
+        raise ConfigError(f"{path} needs wandb; install it with: pip install -r requirements-extra.txt") from error
+    config, summary, name = {}, {}, path.stem
+    records: dict[str, dict[int, dict[str, Any]]] = {"val": {}, "inspect": {}}
+    for data in log_records(path.read_bytes(), path):
+        with suppress(DecodeError, ValueError, KeyError, TypeError):  # of the line that a kill cut short
+            record = Record.FromString(data)
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                config |= _tree(record.run.config.update)
+                name = record.run.display_name or name
+            elif kind == "summary":
+                summary |= _tree(record.summary.update)
+            elif kind == "history":
+                row = _tree(record.history.item)
+                for of in records.keys() & row.keys():
+                    records[of][int(row["_step"])] = row[of]
+    config.pop("_wandb", None)
+    return Stored(name, settings(config), summary, records)
+
+
+def log_records(data: bytes, path: Path) -> Iterator[bytes]:
+    """The records in the bytes of a .wandb file, each whole but for one that the end of the file cuts off."""
+    if not data.startswith(b":W&B"):
+        raise ConfigError(f"{path} is not the file of a wandb run; expected run-ID.wandb")
+    position, parts = HEADER, b""
+    while position + PART.size <= len(data):
+        if (left := BLOCK - position % BLOCK) < PART.size:  # too little for a part: the block ends in zeros
+            position += left
+            continue
+        _, length, kind = PART.unpack_from(data, position)
+        position += PART.size
+        parts += data[position : position + length]
+        position += length
+        if kind in (WHOLE, LAST):
+            yield parts
+            parts = b""
+
+
+def _tree(items: Iterable[Any]) -> dict[str, Any]:
+    """Items with a key, or a path of nested keys, as nested dictionaries."""
+    tree: dict[str, Any] = {}
+    for item in items:
+        *above, last = item.nested_key or [item.key]
+        place = tree
+        for key in above:
+            place = place.setdefault(key, {})
+        place[last] = json.loads(item.value_json)
+    return tree
+
+
+def read_exported(path: Path) -> list[Stored]:
+    """The rows of a CSV file with columns named by keys of the configuration and of summary.json.
+
+    An empty cell is a key's default. Raises ConfigError with one sentence.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if rows and "optim.matrix.lr" not in rows[0]:
+        raise ConfigError(f"{path} has no column optim.matrix.lr; export the table of runs with all columns")
+    found, keys = [], set(all_keys())
+    for row in rows:
+        values = {key: _value(cell) for key, cell in row.items() if key and cell}
+        summary = {"status": STATES.get(str(values.get("State")), "unknown")} | values
+        config = {key: value for key, value in values.items() if key in keys}
+        found.append(Stored(str(values.get("Name", f"row {len(found) + 1}")), settings(config), summary))
+    return found
+
+
+def _value(cell: str) -> Any:
+    with suppress(ValueError):
+        return json.loads(cell)
+    return cell
