@@ -307,7 +307,8 @@ def test_a_run_that_outlives_its_killed_sweep_is_not_started_twice(write, tmp_pa
     process = start_until_it_hangs(path, directory, runs=1)
     process.kill()
     process.join()
-    orphan = int((tmp_path / "ledger").read_text().split()[1])
+    pids = dict(line.split() for line in (tmp_path / "ledger").read_text().splitlines())
+    orphan = next(int(pid) for name, pid in pids.items() if name.startswith("pair-lr0.01"))
     act()
     try:
         assert run(path, directory) == 1
