@@ -94,7 +94,7 @@ def test_every_schedule_on_every_path(monkeypatch):
 
 
 def test_symmetric_products_stay_symmetric(monkeypatch):
-    """Up to one rounding, though their factors are rounded to half precision over and over."""
+    """To the bit between blocks of rows, though their factors are rounded to half precision over and over."""
     monkeypatch.setitem(kernels.SHORTEST, "cpu", 1)
     made = []
 
@@ -106,7 +106,8 @@ def test_symmetric_products_stay_symmetric(monkeypatch):
     apply_rows(x, named("nonic"), recorded)
     apply_gram(x, named("nonic"), (1,), recorded)
     assert len(made) > 12
-    assert all(torch.allclose(y, y.mT, rtol=0, atol=2e-3 * y.abs().max().item()) for y in made)
+    edge = kernels.BLOCK_ROWS
+    assert all(torch.equal(y[:, edge:, :edge], y[:, :edge, edge:].mT) and y[:, edge:, :edge].any() for y in made)
 
 
 # ---- restarts -------------------------------------------------------------------------------------------------------
