@@ -2,7 +2,7 @@
 
 from .matrix_optimizer import SHAPE_SCALES, MatrixOptimizer, Spec, shape_scale
 from .muon import Muon, muon_direction
-from .orthogonalizers import ORTHOGONALIZERS, Orthogonalizer, orthogonalizer
+from .orthogonalizers import ORTHOGONALIZERS, Orthogonalizer, PolynomialOrthogonalizer, orthogonalizer
 from .polynomials import minimax, polar_express
 from .routing import Route, RoutingError, Rule, check_coverage, param_groups, route, routing_rows
 from .schedules import SCHEDULES, Schedule, schedule
@@ -14,6 +14,7 @@ __all__ = [
     "MatrixOptimizer",
     "Muon",
     "Orthogonalizer",
+    "PolynomialOrthogonalizer",
     "Route",
     "RoutingError",
     "Rule",
