@@ -100,8 +100,8 @@ def _nonic_finish(steps: int) -> tuple[Row, ...]:
     return polar_express(steps, lower=1e-3, cushion=0.01, safety=1.02, degree=[5] * (steps - 1) + [9])
 
 
-def _gram_bounded(steps: int, growth: float = 12.0) -> tuple[Row, ...]:
-    """Noise directions grow by at most `growth` between restarts of the Gram form before steps 1, 3, 5, ...
+def _gram_bounded(steps: int) -> tuple[Row, ...]:
+    """Noise directions grow by at most 12 between restarts of the Gram form before steps 1, 3, 5, ...
 
     The rows between two restarts have the smallest cushion with which bfloat16's noise keeps that bound.
     """
@@ -114,7 +114,7 @@ def _gram_bounded(steps: int, growth: float = 12.0) -> tuple[Row, ...]:
             middle = (narrow + wide) / 2
             cushions[start:stop] = [middle] * (stop - start)
             rows = polar_express(known, lower=1e-3, cushion=cushions[:known], safety=1.02)
-            fits = gram_growth(rows[:stop], restarts, BF16_NOISE) <= growth
+            fits = gram_growth(rows[:stop], restarts, BF16_NOISE) <= 12
             narrow, wide = (middle, wide) if fits else (narrow, middle)
         cushions[start:stop] = [narrow] * (stop - start)
     return polar_express(steps, lower=1e-3, cushion=cushions, safety=1.02)

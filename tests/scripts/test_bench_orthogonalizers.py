@@ -132,8 +132,11 @@ def test_the_benchmark_prints_and_writes_its_table(tiny, tmp_path, capsys):
     assert auto == pytest.approx(textbook, rel=1e-3) and muon > 1.1 * textbook
 
 
-def test_bf16_has_no_gram_path():
-    assert list(bench.ours(5, "bf16")) == ["ours, plain", "ours, symmetric", AUTO]
+def test_every_path_runs_in_bf16():
+    x = torch.randn(1, 20, 30, generator=torch.Generator().manual_seed(0))
+    methods = bench.ours(5, "bf16")
+    assert list(methods) == ["ours, plain", "ours, symmetric", "ours, gram", AUTO]
+    assert all(torch.linalg.svdvals(method(x)).sub(1).abs().max() < 0.3 for method in methods.values())
 
 
 def test_nothing_to_measure_and_unsafe_steps_are_refused(monkeypatch, capsys):

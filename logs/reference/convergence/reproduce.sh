@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tables and figures of this folder: gradients of GPT-2 small's fourth block on 1,024 tokens of the bundled text after 20
-# steps, and the study of them. The gradients took ten minutes, the study some twenty, on two virtual cores shared with others.
+# steps, and the study of them. The gradients took ten minutes, the study some ten, on two virtual cores shared with others.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 export OMP_NUM_THREADS=1

@@ -25,4 +25,4 @@ for seed in 0 1 2; do
             schedule.warmup_steps=40
     done
 done
-"$python" -m scripts.report logs/quickstart_table --out logs/reference/quickstart --title "quickstart: 1.1 M parameters, 1.6 M tokens"
+"$python" -m scripts.report logs/quickstart_table --out logs/quickstart_table/report --title "quickstart: 1.1 M parameters, 1.6 M tokens"
