@@ -8,7 +8,6 @@ The story in order: read a configuration, open the tokens, build model and optim
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 import sys
@@ -16,8 +15,8 @@ import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import deque
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,21 @@ from data.shards import DataError, TokenStream, verify
 from data.tokenizers import tokenizer
 from model.gpt2 import GPT2
 from optim import RoutingError
-from training import mfu, run_directory, runtime
-from training.config import Config, ConfigError, key_help, load_config, to_yaml
+from training import guard, mfu, resume, run_directory, runtime
+from training.checkpoints import Checkpoint, CheckpointError, Checkpoints
+from training.config import Config, ConfigError, key_help, load_config, settings, to_yaml
 from training.evaluation import Evaluation, evaluate
 from training.finished_run import load_run, model_config, sample_text, save_weights
 from training.gradients import save_gradients
-from training.guard import NonFiniteError, require_finite, require_finite_evaluation
+from training.guard import DivergedError, SpikeGuard
 from training.inspection import inspect_step
 from training.metrics import Metrics, duration, status_line
 from training.optimizers import build_optimizers, conventions, routing_table, set_learning_rate
+from training.resume import FinishedError
 from training.runtime import Runtime
 from training.schedule import lr_factor
+from training.state import gather_state, options, restore_state
+from training.stopping import Stopped, StopRequest, stop_request
 from training.tracking import start_tracker
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -147,85 +150,185 @@ def update(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], inspe
 
 @dataclass
 class Progress:
-    """Where a run stands. `seconds` is training alone: the clock stops for evaluations and inspections."""
+    """Where a run stands, as its checkpoints hold it. The clock of `seconds` stops for all that is not training."""
 
     step: int = 0
     seconds: float = 0.0
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=50))  # seconds of the latest steps
-    evaluation: Evaluation | None = None
-    best_val_loss: float = math.inf
+    total_seconds: float = 0.0  # of earlier processes of this run
+    skipped: int = 0  # updates left out by the spike guard
+    evaluation: Evaluation | None = None  # the latest
+    evaluated: int = -1  # the step of the latest
+    best_val_loss: float | None = None
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Progress:
+        evaluation = saved["evaluation"]
+        return cls(**saved | {"evaluation": Evaluation(**evaluation) if evaluation else None})
 
 
 class Run:
-    """One training run: its parts, and the loop over them."""
+    """One training run: its parts, and the loop over them. `place` says where it goes on, see training/resume.py."""
 
-    def __init__(self, config: Config, rt: Runtime) -> None:
+    def __init__(self, config: Config, rt: Runtime, place: str | None = None) -> None:
         self.config, self.rt = config, rt
         self.text = open_text(config, rt)
         self.model, self.parallel = build_model(config, self.text.vocab_size, rt)
         self.optimizers = build_optimizers(self.model, config.optim, compile=rt.compile)
         self.progress = Progress()
+        self.spikes = SpikeGuard(config.guard)
         self.started = time.perf_counter()
-        self.dir: Path = rt.on_main(lambda: run_directory.create(config, rt))
-        self.metrics = Metrics(self.dir / "metrics.jsonl" if rt.is_main else None, config.train.steps)
+        self.lock = ExitStack()
+        found: Checkpoint | None
+        self.dir, found = rt.on_main(lambda: resume.begin(config, place, rt, self.lock))
+        position = self.restore(found) if found else 0
+        self.first_step = self.progress.step
+        self.recent: deque[float] = deque(maxlen=50)  # seconds of the latest steps
+        self.stop = StopRequest(rt)
+        self.checkpoints = Checkpoints(self.dir, config.checkpoint, rt, found.path if found else None)
+        path = self.dir / "metrics.jsonl" if rt.is_main else None
+        self.metrics = Metrics(path, config.train.steps, self.progress.step, position)
         self.tracker = start_tracker(config, self.dir, rt.is_main)
         rt.print(self.introduction())
 
     def train(self) -> None:
-        """Take all steps; evaluate before the first, every train.eval_every steps and after the last."""
+        """Take all steps; evaluate before the first, every train.eval_every steps and after the last.
+
+        Raises Stopped, with the run saved, when any rank is asked to stop.
+        """
+        with stop_request(self.rt) as self.stop:
+            try:
+                self.take_steps()
+            except Stopped:
+                self.save()
+                self.checkpoints.finish()
+                raise
+
+    def take_steps(self) -> None:
         train, progress = self.config.train, self.progress
-        self.evaluate()
+        self.evaluate_if_due()  # before the first step, or where a run was stopped before it could
         batches = prefetch(self.text.train.batch, range(progress.step, train.steps), self.rt.device)
         begin = time.perf_counter()  # of a step: the end of the one before, so that waiting for data counts
-        for step, (inputs, targets) in enumerate(batches, start=progress.step):
-            factor = lr_factor(step, train.steps, self.config.schedule)
-            set_learning_rate(self.optimizers.values(), factor)
-            lr = factor * self.config.optim.matrix.lr
-            loss, norm = self.gradient(inputs, targets, step, lr)
-            gradient_seconds = time.perf_counter() - begin
-            inspect = train.inspect_every > 0 and (step + 1) % train.inspect_every == 0
-            found = update(self.model, self.optimizers, inspect, self.rt)
-            progress.step = step + 1
-            last = progress.step == train.steps
-            evaluate = progress.step % train.eval_every == 0 or last
-            if evaluate:
-                self.rt.synchronize()  # or the evaluation would be billed for the update
-            if found:
-                self.record("inspect", **found)
-                self.tick(gradient_seconds + sum(found["milliseconds"].values()) / 1000)
-            else:
-                self.tick(time.perf_counter() - begin)
-            self.record("train", loss=loss, lr=lr, grad_norm=norm, seconds=progress.seconds)
-            val_loss = self.evaluate() if evaluate else None
-            if progress.step % train.log_every == 0 or evaluate:
-                self.metrics.say(self.status(loss, val_loss, lr, norm))
+        for inputs, targets in batches:
+            values = self.take_step(inputs, targets, begin)
+            self.stop.raise_if_agreed()
+            new_best = self.evaluate_if_due()
+            if progress.step % train.log_every == 0 or progress.evaluated == progress.step:
+                self.metrics.say(self.status(values))
             self.metrics.advance()
+            self.save_if_due(new_best)
             begin = time.perf_counter()
 
-    def gradient(self, inputs: Tensor, targets: Tensor, step: int, lr: float) -> tuple[float, float]:
-        """Mean loss and norm of the global gradient, which is left clipped in the parameters; reads the device once."""
+    def take_step(self, inputs: Tensor, targets: Tensor, begin: float) -> dict[str, float]:
+        """One update, or none where the guard skips it, recorded; returns what was recorded."""
+        train, progress, step = self.config.train, self.progress, self.progress.step
+        factor = lr_factor(step, train.steps, self.config.schedule)
+        set_learning_rate(self.optimizers.values(), factor)
+        values = {"lr": factor * self.config.optim.matrix.lr}
+        values |= self.gradient(inputs, targets, step, values["lr"])
+        gradient_seconds = time.perf_counter() - begin
+        found = None
+        if values.get("skipped"):
+            progress.skipped += 1
+            self.model.zero_grad(set_to_none=True)
+        else:
+            inspect = train.inspect_every > 0 and (step + 1) % train.inspect_every == 0
+            found = update(self.model, self.optimizers, inspect, self.rt)
+        progress.step = step + 1
+        if self.evaluation_due():
+            self.rt.synchronize()  # or the evaluation would be billed for the update
+        if found:
+            self.record("inspect", **found)
+            self.tick(gradient_seconds + sum(found["milliseconds"].values()) / 1000)
+        else:
+            self.tick(time.perf_counter() - begin)
+        self.record("train", **values, seconds=progress.seconds)
+        return values
+
+    def gradient(self, inputs: Tensor, targets: Tensor, step: int, lr: float) -> dict[str, float]:
+        """Mean loss, norm of the global gradient and their scores; leaves the gradient clipped in the parameters.
+
+        Reads the device once. The sum over the ranks also tells whether one of them was asked to stop, and whether all
+        have written their file of a checkpoint.
+        """
         summed = backward(self.parallel, inputs, targets, self.config.train.batch_tokens, self.rt)
         norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        total, norms = self.rt.sum(summed, norm)  # every rank holds the same reduced gradient, so the same norm
+        total, norms, settled, asked = self.rt.sum(summed, norm, self.checkpoints.settled, self.stop.here)
+        self.stop.agreed = asked > 0
+        if settled == self.rt.world_size:
+            self.checkpoints.publish()
+        # every rank holds the same reduced gradient, so the same norm
         loss, norm_value = total / self.config.train.batch_tokens, norms / self.rt.world_size
-        require_finite(self.model, loss, norm_value, step, lr, checkpoint=None)
+        guard.require_finite(self.model, loss, norm_value, step, lr, self.checkpoints.told)
+        scores = self.spikes.scores(loss, norm_value)
+        values = {"loss": loss, "grad_norm": norm_value, **scores}
+        if self.spikes.skips(step, scores, self.checkpoints.told):
+            return values | {"skipped": True}
         if self.rt.is_main and step in self.config.train.save_gradients_at:
             save_gradients(self.model, self.config.optim.rules, self.dir, step, self.config.name)
         if self.config.optim.grad_clip is not None:
             clip_grads_with_norm_(self.model.parameters(), self.config.optim.grad_clip, norm)
-        return loss, norm_value
+        return values
 
-    def evaluate(self) -> float:
+    def evaluation_due(self) -> bool:
+        step, train = self.progress.step, self.config.train
+        return self.progress.evaluated != step and (step % train.eval_every == 0 or step == train.steps)
+
+    def evaluate_if_due(self) -> bool:
+        """Evaluate where it is time; returns whether the loss is the lowest so far."""
+        if not self.evaluation_due():
+            return False
         progress = self.progress
-        found = evaluate(self.parallel, self.text.val, self.text.token_bytes, self.rt)
-        require_finite_evaluation(found.loss, progress.step, checkpoint=None)
-        progress.evaluation, progress.best_val_loss = found, min(progress.best_val_loss, found.loss)
+        # a look at the stop request after as many batches as a training step has
+        stop = (self.stop.check, self.text.train.micro_steps)
+        found = evaluate(self.parallel, self.text.val, self.text.token_bytes, self.rt, *stop)
+        guard.require_finite_evaluation(found.loss, progress.step, self.checkpoints.told)
+        best = progress.best_val_loss is None or found.loss < progress.best_val_loss
+        progress.evaluation, progress.evaluated = found, progress.step
+        progress.best_val_loss = found.loss if best else progress.best_val_loss
         self.record("val", seconds=progress.seconds, **asdict(found))
-        return found.loss
+        return best
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def save_if_due(self, new_best: bool) -> None:
+        keep, step = self.config.checkpoint, self.progress.step
+        if step < self.config.train.steps and (
+            (keep.every and step % keep.every == 0) or (keep.keep_best and new_best)
+        ):
+            self.save()
+
+    def save(self) -> None:
+        """Begin a checkpoint of this moment, unless there is one; the training goes on while it is written."""
+        progress = self.progress
+        if self.checkpoints.step == progress.step:
+            return
+        guard.require_finite_weights(self.model, progress.step, self.checkpoints.told)
+        content = {
+            "step": progress.step,
+            "val_loss": progress.evaluation.loss if progress.evaluated == progress.step else None,
+            "progress": asdict(progress) | {"total_seconds": self.total_seconds()},
+            "window": list(self.spikes.window),
+            "metrics_bytes": self.metrics.position,
+            "options": options(self.optimizers),
+            "world_size": self.rt.world_size,
+            "torch": torch.__version__,
+            "settings": settings(self.config),
+        }
+        self.checkpoints.save(content, gather_state(self.model, self.optimizers, self.rt), self.metrics.sync)
+
+    def restore(self, checkpoint: Checkpoint) -> int:
+        """Put everything where it was; returns how many bytes of metrics.jsonl belong to the steps until then."""
+        content = checkpoint.content
+        restore_state(self.model, self.optimizers, checkpoint, self.rt)
+        self.progress = Progress.of(content["progress"])
+        self.spikes = SpikeGuard(self.config.guard, content["window"])
+        return content["metrics_bytes"]
+
+    # ---- what is said ------------------------------------------------------------------------------------------
 
     def tick(self, seconds: float) -> None:
         self.progress.seconds += seconds
-        self.progress.recent.append(seconds)
+        self.recent.append(seconds)
 
     def record(self, kind: str, **values: Any) -> None:
         self.metrics.write(kind, self.progress.step, **values)
@@ -233,19 +336,23 @@ class Run:
 
     def speed(self) -> dict[str, float | None]:
         """Tokens per second and the share of the device's peak over the latest steps; empty before the first."""
-        if not self.progress.recent:
+        if not self.recent:
             return {}
-        tokens = self.config.train.batch_tokens / statistics.median(self.progress.recent)
+        tokens = self.config.train.batch_tokens / statistics.median(self.recent)
         name = runtime.device_name(self.rt.device)
         share = mfu.utilisation(tokens, self.model.flops_per_token(), name, self.rt.world_size)
         return {"tokens_per_second": tokens, "mfu": share if self.rt.autocast else None}
 
-    def status(self, loss: float, val_loss: float | None, lr: float, norm: float) -> str:
-        steps, step = self.config.train.steps, self.progress.step
-        left = (steps - step) * (time.perf_counter() - self.started) / step
-        values = {"train_loss": loss, "val_loss": val_loss, "lr": lr, "grad_norm": norm}
-        values |= self.speed() | {"memory_gb": self.rt.peak_memory(), "seconds_left": left}
-        return status_line(step, steps, values)
+    def status(self, values: dict[str, float]) -> str:
+        steps, progress = self.config.train.steps, self.progress
+        pace = (time.perf_counter() - self.started) / (progress.step - self.first_step)
+        shown = {"train_loss": values["loss"], "lr": values["lr"], "grad_norm": values["grad_norm"]}
+        shown["val_loss"] = progress.evaluation.loss if progress.evaluated == progress.step else None
+        shown |= self.speed() | {"memory_gb": self.rt.peak_memory(), "seconds_left": (steps - progress.step) * pace}
+        return status_line(progress.step, steps, shown)
+
+    def total_seconds(self) -> float:
+        return self.progress.total_seconds + time.perf_counter() - self.started
 
     def introduction(self) -> str:
         train, text = self.config.train, self.text
@@ -254,7 +361,7 @@ class Run:
             f" tokens in {text.train.micro_steps} x {text.train.micro_batch} sequences a rank;"
             f" validation on {text.val.tokens:,} tokens\n"
             f"model: {self.model.count_parameters():,} parameters\n{routing_table(self.model, self.optimizers)}\n"
-            f"run directory: {self.dir}"
+            f"run directory: {self.dir}" + (f", taken up again after step {self.first_step}" if self.first_step else "")
         )
 
     def summary(self, status: str) -> dict[str, Any]:
@@ -267,11 +374,12 @@ class Run:
             "val_loss": evaluation.loss if evaluation else None,
             "bits_per_byte": evaluation.bits_per_byte if evaluation else None,
             "val_tokens": evaluation.tokens if evaluation else None,
-            "best_val_loss": progress.best_val_loss if evaluation else None,
+            "best_val_loss": progress.best_val_loss,
             "steps": progress.step,
             "tokens": progress.step * self.config.train.batch_tokens,
             "train_seconds": progress.seconds,
-            "total_seconds": time.perf_counter() - self.started,
+            "total_seconds": self.total_seconds(),
+            "skipped_steps": progress.skipped,
             **self.speed(),
             "memory_gb": self.rt.peak_memory(),
             "parameters": self.model.count_parameters(),
@@ -284,22 +392,29 @@ class Run:
         """Keep the result: the weights of a completed run, the summary of every run."""
         self.metrics.close()
         if self.rt.is_main:
-            if status == "completed":
-                save_weights(self.model, self.dir)
-            run_directory.write_json(self.dir / "summary.json", self.summary(status))
+            with run_directory.writing(self.dir):
+                if status == "completed":
+                    save_weights(self.model, self.dir)
+                run_directory.write_json(self.dir / "summary.json", self.summary(status))
+        self.checkpoints.close(status == "completed")
+        self.lock.close()
         self.tracker.finish(self.summary(status))
 
 
-def train(config: Config, rt: Runtime) -> Path:
+def train(config: Config, rt: Runtime, place: str | None = None) -> Path:
     """Train to the end and keep the result; a run that fails leaves a summary that says how. Returns its directory."""
-    run = Run(config, rt)
+    run = Run(config, rt, place)
     status = "failed"
     try:
         run.train()
         status = "completed"
-    except NonFiniteError:
+    except DivergedError:
         status = "diverged"
         raise
+    except Stopped as stopped:
+        status = "interrupted"
+        last, go_on = run.checkpoints.told, resume.how_to_go_on(run.dir, rt.world_size)
+        raise Stopped(f"after step {run.progress.step}; checkpoint: {last}; go on with: {go_on}") from stopped
     except KeyboardInterrupt:
         status = "interrupted"
         raise
@@ -327,8 +442,8 @@ def tell_result(run_dir: Path, device: torch.device) -> None:
 # Command line
 
 
-def read_arguments(arguments: Sequence[str]) -> tuple[Config, bool]:
-    """The configuration the command line asks for, and whether only to print it."""
+def read_arguments(arguments: Sequence[str]) -> tuple[Config, str | None, bool]:
+    """The configuration the command line asks for, the place to resume, and whether only to print the configuration."""
     parser = ArgumentParser(
         prog="train_gpt2.py",
         description="Train GPT-2 with a matrix optimizer for the hidden matrices and AdamW for the rest.",
@@ -338,48 +453,78 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Config, bool]:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--config", metavar="FILE", help="YAML file with some of the keys below")
     source.add_argument("--from-run", metavar="DIR", help="do the run in this run directory once more")
+    parser.add_argument(
+        "--resume",
+        metavar="auto|DIR",
+        help="go on with the run in this directory, or from this checkpoint in it; auto: with the latest run of this"
+        " configuration if there is one, so that one command begins, continues and repeats nothing",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set single keys, over the file")
     options = parser.parse_intermixed_args(arguments)
+    place = options.resume
     if options.from_run:
+        if place not in (None, resume.AUTO):
+            raise ConfigError("--from-run begins a run anew and --resume goes on with one; give one of the two")
         config = run_directory.redo_config(options.from_run, options.overrides)
         for note in run_directory.changes_since(options.from_run):
             tell(note)
-    else:
+    elif place in (None, resume.AUTO) or options.config:
         config = load_config(options.config, options.overrides)
-    return config, options.print_config
+    else:
+        config = resume.resumed_config(place, options.overrides)
+    return config, place, options.print_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: trained; 2: config or data cannot be run; 3: diverged; 4: out of memory; 130: interrupted."""
+    """Exit code 0: trained; 2: config, data or checkpoint cannot be used; 3: diverged; 4: out of memory; 5: another
+    rank was lost; 75: stopped on request and saved; 130: interrupted."""
+    config = None
     try:
-        config, print_only = read_arguments(sys.argv[1:] if arguments is None else arguments)
+        config, place, print_only = read_arguments(sys.argv[1:] if arguments is None else arguments)
         if print_only:
             print(to_yaml(config), end="")
             return 0
         with runtime.start(config.train) as rt:
-            run_dir = train(config, rt)
+            run_dir = train(config, rt, place)
             if rt.is_main:
                 tell_result(run_dir, rt.device)
-    except (ConfigError, DataError, RoutingError) as error:
-        return tell(f"error: {error}", 2)
-    except NonFiniteError as error:
+    except (ConfigError, DataError, RoutingError, CheckpointError) as error:
+        return tell(f"error: {error}", 2, alone=isinstance(error, DataError) and not hasattr(error, "of_rank_0"))
+    except FinishedError as error:
+        return tell(f"{error.run} is {error.status} already; nothing to do", 0 if error.status == "completed" else 3)
+    except Stopped as error:
+        return tell(f"stopped {error}", 75)
+    except DivergedError as error:
         return tell(f"diverged: {error}", 3)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return tell(f"out of memory: lower train.micro_batch, the result stays the same ({first_line(error)})", 4)
     except KeyboardInterrupt:
         return tell("interrupted; nothing is left running", 130)
+    except (RuntimeError, MemoryError) as error:
+        if runtime.out_of_memory(error):
+            return tell(out_of_memory(config, error), 4, alone=True)
+        if lost := runtime.lost_rank(error, config.train):
+            return tell(f"lost: {lost}; go on from the last checkpoint with --resume", 5, alone=True)
+        raise
     return 0
+
+
+def out_of_memory(config: Config, error: BaseException) -> str:
+    rows, context = config.train.micro_batch, config.model.context
+    return (
+        f"out of memory with train.micro_batch={rows} sequences of {context} tokens: lower train.micro_batch, the"
+        f" result stays the same ({first_line(error)})"
+    )
 
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def tell(sentence: str, code: int = 0) -> int:
-    """Say something on standard error, once, on rank 0; returns the exit code."""
-    if os.environ.get("RANK", "0") == "0":
-        print(sentence, file=sys.stderr)
+def tell(sentence: str, code: int = 0, *, alone: bool = False) -> int:
+    """Say something on standard error: on rank 0, or on every rank that may be alone with it; returns the exit code."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or alone:
+        print(sentence if rank == "0" else f"rank {rank}: {sentence}", file=sys.stderr)
     return code
 
 

@@ -212,15 +212,57 @@ class TrainConfig:
     """Autocast of the forward pass; auto is bf16 where the device is fast in it and fp32 elsewhere."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile of the model and the orthogonalizer; auto is true for GPUs only: it rarely pays on CPUs."""
+    hang_minutes: float = 10.0
+    """How long a rank waits for the others before it calls them hung and ends the run; they may compile that long."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "train", "steps", "batch_tokens", "micro_batch", "eval_every", "log_every")
+        _require_positive(self, "train", "hang_minutes")
         _require(self.inspect_every >= 0, f"train.inspect_every must not be negative, got {self.inspect_every}")
         _require(
             all(0 <= step < self.steps for step in self.save_gradients_at),
             f"train.save_gradients_at must name steps from 0 to train.steps - 1 = {self.steps - 1},"
             f" got {list(self.save_gradients_at)}",
         )
+
+
+@dataclass
+class CheckpointConfig:
+    """What a run that was stopped, killed or cut off is taken up again from: RUN/checkpoints/, see --resume."""
+
+    every: int = 250
+    """Steps between checkpoints; 0 writes one only when the run is asked to stop."""
+    keep_last: int = 2
+    """How many of the newest are kept while the run goes on (none once it is completed: it has its weights then)."""
+    keep_every: int | None = None
+    """Keep for good every checkpoint whose step is a multiple of this; null keeps none."""
+    keep_best: bool = False
+    """Write one after each evaluation with the lowest validation loss so far, and keep the latest such for good."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"checkpoint.every must not be negative, got {self.every}")
+        _require_positive(self, "checkpoint", "keep_last", "keep_every")
+        _require(
+            not self.keep_every or (self.every and self.keep_every % self.every == 0),
+            f"checkpoint.keep_every={self.keep_every} must be a multiple of checkpoint.every={self.every}",
+        )
+
+
+@dataclass
+class GuardConfig:
+    """Spikes of loss or gradient norm; numbers that are not finite always stop the run."""
+
+    on_spike: Literal["keep", "skip", "stop"] = "keep"
+    """What happens to the update of a step whose z-score passes the threshold: made, left out, or the run ends."""
+    threshold: float = 6.0
+    """Largest z-score of loss and gradient norm, which metrics.jsonl holds for every step: (x - median) over the
+    scaled median absolute deviation."""
+    window: int = 64
+    """Steps that the z-score compares with."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "guard", "threshold")
+        _require(self.window >= 16, f"guard.window must be at least 16, got {self.window}")
 
 
 @dataclass
@@ -279,6 +321,10 @@ class Config:
     """The learning rate over the run."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What a run is taken up again from."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What happens on a spike of the loss."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """Text sampled at the end."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -460,8 +506,11 @@ def _one_sentence(error: Exception) -> str:
 # What makes two runs the same run
 
 # How a run is called, watched and sampled from, which does not touch its result.
-BYSTANDERS = ("name", "run_dir", "sample.", "wandb.")
+BYSTANDERS = ("name", "run_dir", "sample.", "wandb.", "checkpoint.", "train.hang_minutes")
 BYSTANDERS += ("train.log_every", "train.eval_every", "train.inspect_every", "train.save_gradients_at")
+
+# Where and in which portions it is computed, which touches the result by rounding only: a run may go on with others.
+PORTIONS = ("train.micro_batch", "train.device", "train.compile")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -484,6 +533,12 @@ def settings(config: Config | Mapping[str, Any]) -> dict[str, Any]:
 @functools.cache
 def _defaults() -> dict[str, Any]:
     return flatten(_plain(dataclasses.asdict(Config())))
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """`key: theirs, not ours` for every setting that makes two runs different ones."""
+    keys = [key for key in sorted(ours.keys() | theirs.keys()) if key not in PORTIONS]
+    return [f"{k}: {theirs.get(k)!r}, not {ours.get(k)!r}" for k in keys if theirs.get(k) != ours.get(k)]
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

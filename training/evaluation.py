@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,15 +27,25 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: EvalLoader, token_bytes: torch.Tensor, runtime: Runtime) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    loader: EvalLoader,
+    token_bytes: torch.Tensor,
+    runtime: Runtime,
+    pause: Callable[[], None] | None = None,
+    pause_every: int = 1,
+) -> Evaluation:
     """Evaluate `model`, whose forward gives the summed loss; every rank takes its share and gets the same result.
 
-    token_bytes: (vocab,) bytes of text behind each token, 0 for the end of a document.
+    token_bytes: (vocab,) bytes of text behind each token, 0 for the end of a document. pause: called before every
+    pause_every-th batch, on every rank before the same ones; it may raise, to end the evaluation.
     """
     model.eval()
     loss = torch.zeros((), device=runtime.device, dtype=torch.float32)
     tokens, size = torch.zeros_like(loss, dtype=torch.int64), torch.zeros_like(loss, dtype=torch.int64)
-    for inputs, targets in loader:
+    for i, (inputs, targets) in enumerate(loader):
+        if pause and i % pause_every == 0:
+            pause()
         inputs, targets = inputs.to(runtime.device), targets.to(runtime.device)
         with runtime.precision():
             loss += model(inputs, targets)

@@ -6,10 +6,13 @@ data_manifest.json what the tokens were
 metrics.jsonl      one line a step and evaluation      summary.json       the result
 model.safetensors  the trained weights                 sample.txt         text sampled from the model
 gradients/         those of the hidden matrices, at the steps asked for
+checkpoints/       what a run is taken up again from (training/checkpoints.py)
+resumed.jsonl      one line each time it was: from which step, on what machine
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -17,6 +20,8 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,26 +38,67 @@ DATA_MANIFEST = "data_manifest.json"
 PACKAGES = ("torch", "numpy", "tiktoken", "triton", "wandb", "datasets")
 
 
-def create(config: Config, runtime: Runtime) -> Path:
-    """Make the run directory and write down what the run is made from; called on rank 0.
+def create(path: Path, config: Config, runtime: Runtime) -> None:
+    """Write down in a new run directory what the run is made from; called on rank 0, with the directory locked.
 
-    Raises ConfigError when the directory already holds a run or cannot be written.
+    Raises ConfigError when it already holds a run or cannot be written.
     """
-    if config.run_dir:
-        path = Path(config.run_dir)
-    else:
-        path = Path("logs", config.name, f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}")
     if (path / "config.yaml").exists():
-        raise ConfigError(f"{path} already holds a run; choose another run_dir or remove that folder")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        raise ConfigError(
+            f"{path} already holds a run; go on with it by --resume {path}, choose another run_dir or remove it"
+        )
+    with writing(path):
         write_json(path / "environment.json", _environment(runtime))
         _write_source(path)
         (path / DATA_MANIFEST).write_bytes(Path(config.data.path, "manifest.json").read_bytes())
+        write_text(path / "config.yaml", to_yaml(config))  # last: a directory without it was cut off while it was made
+
+
+def new_path(config: Config) -> Path:
+    """Where a new run goes: run_dir, or a folder named after this second."""
+    if config.run_dir:
+        return Path(config.run_dir)
+    return Path("logs", config.name, f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError in the block into a ConfigError about the run directory."""
+    try:
+        yield
     except OSError as error:
         raise ConfigError(f"cannot write the run directory {path}: {error.strerror}; choose another run_dir") from error
-    return path
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the run directory, made if need be; raises ConfigError while another process holds it.
+
+    The lock is the system's (flock) and ends with the process, however that ends.
+    """
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        file = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held over the block)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ConfigError(f"{path} is in use by {holder}; wait for it, or choose another run_dir") from None
+        with suppress(OSError):  # the words are for people; a full disk need not stop a run here
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+        yield
+
+
+def note_resumption(path: Path, step: int, runtime: Runtime) -> None:
+    """Record that the run is taken up again, by what; a summary of how it ended before is removed."""
+    with writing(path):
+        (path / "summary.json").unlink(missing_ok=True)
+        with (path / "resumed.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **_environment(runtime)}) + "\n")
 
 
 def config_of(run: str | Path) -> Path:
@@ -86,10 +132,17 @@ def changes_since(run: str | Path) -> list[str]:
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             notes.append(f"note: {changed[0]}{more} changed since the run, whose source lies in {run / 'source.zip'}")
-    path = Path(load_config(config_of(run)).data.path, "manifest.json")
-    if (run / DATA_MANIFEST).is_file() and not _same(path, (run / DATA_MANIFEST).read_bytes()):
-        notes.append(f"note: {path} is not that of the run, {run / DATA_MANIFEST}: expect another result")
+    path = Path(load_config(config_of(run)).data.path)
+    if not same_tokens(run, path):
+        made_from = run / DATA_MANIFEST
+        notes.append(f"note: {path / 'manifest.json'} is not that of the run, {made_from}: expect another result")
     return notes
+
+
+def same_tokens(run: Path, data: str | Path) -> bool:
+    """Whether the tokens in `data` are those the run was begun with, as far as their manifests tell."""
+    kept = run / DATA_MANIFEST
+    return not kept.is_file() or _same(Path(data, "manifest.json"), kept.read_bytes())
 
 
 def _same(path: Path, content: bytes) -> bool:
@@ -98,8 +151,16 @@ def _same(path: Path, content: bytes) -> bool:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write `values` whole or not at all."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

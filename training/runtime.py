@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -52,13 +53,25 @@ class Runtime:
             dist.all_reduce(total)
         return total.tolist()
 
+    def any(self, here: bool) -> bool:
+        """Whether it holds on any rank."""
+        return here if self.world_size == 1 else self.sum(float(here))[0] > 0
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, on every rank."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def on_main(self, action: Callable[[], T]) -> T:
-        """Run `action` on rank 0 alone and give every rank its result, or its exception."""
+        """Run `action` on rank 0 alone and give every rank its result, or its exception, marked as `of_rank_0`."""
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = action()
             except Exception as error:
+                error.of_rank_0 = True
                 outcome[1] = error
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0)
@@ -88,7 +101,8 @@ def start(config: TrainConfig) -> Iterator[Runtime]:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        wait = timedelta(minutes=config.hang_minutes)
+        dist.init_process_group(backend, timeout=wait, device_id=device if device.type == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     autocast = torch.bfloat16 if _use_bf16(config.precision, device) else None
@@ -107,6 +121,27 @@ def start(config: TrainConfig) -> Iterator[Runtime]:
     finally:
         if world_size > 1:
             dist.destroy_process_group()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: on a GPU a class of its own, in torch on the CPU only a text."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def lost_rank(error: RuntimeError, config: TrainConfig) -> str | None:
+    """What an error of a collective says of the other ranks; None for an error of another kind.
+
+    nccl's errors have a class of their own, gloo's only a text; nccl may also end the process itself, with a report.
+    """
+    text = str(error)
+    if not isinstance(error, dist.DistError) and "gloo" not in text.lower():
+        return None
+    if "timed out" in text.lower() or "timeout" in text.lower():
+        return (
+            f"another rank did not answer for {config.hang_minutes:g} minutes (train.hang_minutes): it hangs, or is"
+            " slower than that; raise the limit, or look at what that rank said last"
+        )
+    return "another rank ended; what it said tells why"
 
 
 def describe(runtime: Runtime) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from training.config import Config
+from training.metrics import read_records, warn
 
 
 class NoTracker:
@@ -47,7 +46,12 @@ class WandbTracker(NoTracker):
 
 
 def start_tracker(config: Config, run_dir: Path, enabled: bool) -> NoTracker:
-    """A wandb run when config.wandb.mode asks for one on this rank; anything that goes wrong yields a NoTracker."""
+    """A wandb run when config.wandb.mode asks for one on this rank; anything that goes wrong yields a NoTracker.
+
+    A run taken up again is the same run for wandb too: its id lies in the run directory. wandb cannot continue an
+    offline run and `wandb sync` keeps only the last of several with one id, so the new one is told all that the
+    metrics.jsonl of the run holds so far, and the older ones are set aside.
+    """
     if config.wandb.mode == "disabled" or not enabled:
         return NoTracker()
     try:
@@ -66,9 +70,15 @@ def start_tracker(config: Config, run_dir: Path, enabled: bool) -> NoTracker:
             config=dataclasses.asdict(config),
             dir=str(run_dir),
             mode=config.wandb.mode,
-            settings=wandb.Settings(init_timeout=60),
+            id=_run_id(run_dir),
+            resume="allow" if config.wandb.mode == "online" else None,
+            settings=wandb.Settings(init_timeout=60, finish_timeout=20),
         )
-        return WandbTracker(run)
+        tracker = WandbTracker(run)
+        if config.wandb.mode == "offline":
+            for record in read_records(run_dir / "metrics.jsonl"):
+                tracker.log(record.pop("step"), record.pop("kind"), record)
+        return tracker
     except ImportError:
         _warn("wandb is not installed; install it with: pip install -r requirements-extra.txt")
     except Exception as error:
@@ -76,6 +86,16 @@ def start_tracker(config: Config, run_dir: Path, enabled: bool) -> NoTracker:
     return NoTracker()
 
 
+def _run_id(run_dir: Path) -> str:
+    """The id of the run for wandb, made once; what an earlier process wrote offline under it is set aside."""
+    path = run_dir / "wandb_id.txt"
+    if not path.exists():
+        path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+    name = path.read_text(encoding="utf-8").strip()
+    for old in run_dir.glob(f"wandb/offline-run-*-{name}"):
+        old.rename(old.with_name(f"superseded-{old.name}"))
+    return name
+
+
 def _warn(reason: object) -> None:
-    text = " ".join(str(reason).split()) or type(reason).__name__
-    tqdm.write(f"warning: the run goes on without wandb: {text}", file=sys.stderr)
+    warn(f"the run goes on without wandb: {str(reason).strip() or type(reason).__name__}")

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from training.guard import NonFiniteError, require_finite
+from training.guard import DivergedError, require_finite
 
 
 def linear_stack():
@@ -14,17 +14,17 @@ def linear_stack():
 
 
 def test_finite_numbers_pass():
-    require_finite(linear_stack(), 1.0, 2.0, 3, 0.1, None)
+    require_finite(linear_stack(), 1.0, 2.0, 3, 0.1, "none")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_message_names_step_layer_lr_and_checkpoint(bad):
     model = linear_stack()
     model[1].weight.grad[0, 0] = bad
-    with pytest.raises(NonFiniteError, match=r"step 7.*learning rate 0.1.*gradient: 1.weight.*last checkpoint: ck/7"):
+    with pytest.raises(DivergedError, match=r"step 7.*learning rate 0.1.*gradient: 1.weight.*last checkpoint: ck/7"):
         require_finite(model, 1.0, bad, 7, 0.1, "ck/7")
 
 
 def test_non_finite_loss_alone_is_enough():
-    with pytest.raises(NonFiniteError, match=r"loss nan.*gradient: none.*last checkpoint: none"):
-        require_finite(linear_stack(), math.nan, 1.0, 7, 0.1, None)
+    with pytest.raises(DivergedError, match=r"loss nan.*gradient: none.*last checkpoint: none"):
+        require_finite(linear_stack(), math.nan, 1.0, 7, 0.1, "none")

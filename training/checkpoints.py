@@ -1,0 +1,328 @@
+"""Checkpoints on disk: written beside, flushed, checked against a manifest, published by rename, pruned.
+
+RUN/checkpoints/step_00000100/       one checkpoint; the name appears when all of it is on disk
+    rank_0.safetensors               tensors by name: what all ranks share, and the share of rank 0
+    rank_1.safetensors               the share of rank 1 ...
+    manifest.json                    where the run stood, size and sha256 of each file, and a sha256 of itself
+RUN/checkpoints/latest               a link to the newest
+RUN/checkpoints/step_00000100.part   one being written, or cut off while it was
+RUN/checkpoints/step_00000200.aside  damaged, or newer than the one a run was taken up from
+
+Tensors are read by name from any of the files, so any number of ranks can load them. They lie in safetensors and not in
+the format of torch.distributed.checkpoint, whose index is a pickle: to load a stranger's would run a stranger's code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.shards import in_parallel
+from training.config import CheckpointConfig
+from training.metrics import warn
+from training.runtime import Runtime
+
+FORMAT = 1
+FOLDER = "checkpoints"
+LATEST = "latest"
+MANIFEST = "manifest.json"
+NAME = re.compile(r"step_(\d{8,})")
+FILE = re.compile(r"rank_\d+\.safetensors")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: one sentence that names it and says why."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files were found whole. `content` is what the run wrote into the manifest."""
+
+    path: Path
+    content: dict[str, Any]
+    files: tuple[str, ...]
+
+    @property
+    def step(self) -> int:
+        return self.content["step"]
+
+    def tensors(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """The tensors whose name is wanted, on the CPU, from whichever file has them."""
+        found = {}
+        for file in self.files:
+            try:
+                with safe_open(self.path / file, "pt") as tensors:
+                    found |= {name: tensors.get_tensor(name) for name in tensors.keys() if wanted(name)}  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"cannot read {self.path / file}: {error}") from error
+        return found
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint and compare every file with the manifest; raises CheckpointError."""
+    manifest = _read_manifest(path)
+
+    def check(item: tuple[str, dict[str, Any]]) -> None:
+        name, expected = item
+        try:
+            found = _describe(path / name)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {path} is damaged: cannot read {name}: {error.strerror}") from error
+        if found["bytes"] != expected.get("bytes"):
+            sizes = f"{found['bytes']:,} bytes instead of {expected.get('bytes')}"
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} has {sizes}")
+        if found != expected:
+            raise CheckpointError(f"checkpoint {path} is damaged: the content of {name} has changed")
+
+    in_parallel(check, manifest["files"].items())
+    return Checkpoint(path, manifest["content"], tuple(manifest["files"]))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: cannot read {MANIFEST}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} is not valid JSON") from error
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has format {version!r}, this code reads {FORMAT}; go on with the code in source.zip"
+        )
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise CheckpointError(f"checkpoint {path} is damaged: the content of {MANIFEST} has changed")
+    content, files = manifest.get("content"), manifest.get("files")
+    whole = isinstance(content, dict) and type(content.get("step")) is int and isinstance(files, dict)
+    if not whole or not all(FILE.fullmatch(name) and isinstance(found, dict) for name, found in files.items()):
+        raise CheckpointError(f"checkpoint {path} cannot be used: {MANIFEST} does not say its step and its files")
+    return manifest
+
+
+def newest(run: Path, tell: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint of a run directory that is whole; `tell` hears a sentence for each one passed over."""
+    for path in reversed(_published(run / FOLDER)):
+        try:
+            return read(path)
+        except CheckpointError as error:
+            tell(f"{error}; using the one before")
+    return None
+
+
+def _published(folder: Path) -> list[Path]:
+    """The checkpoints in a folder by step."""
+    found = [path for path in folder.glob("step_*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def name_of(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+class Checkpoints:
+    """Writes the checkpoints of one run, on every rank alike, in a thread beside the training.
+
+    `save` copies the tensors and returns; when `settled` is true on all ranks their files are on disk (or could not be
+    written) and `publish` gives the checkpoint its name. A checkpoint that cannot be written is told and costs the run
+    nothing else.
+    """
+
+    def __init__(self, run: Path, keep: CheckpointConfig, rt: Runtime, last: Path | None = None) -> None:
+        self.folder, self.keep, self.rt = run / FOLDER, keep, rt
+        self.last = last  # the newest that was published, as rank 0 knows it
+        self.step = int(last.name.removeprefix("step_")) if last else None  # the newest that was begun
+        self._threads = ThreadPoolExecutor(1, "checkpoint")
+        self._copies: dict[str, Tensor] = {}  # reused: allocating and pinning them costs more than the copy
+        self._content: dict[str, Any] = {}
+        self._writing: Future | None = None
+        self._publishing: Future | None = None
+
+    def save(self, content: dict[str, Any], tensors: Mapping[str, Tensor], sync: Callable[[], None]) -> None:
+        """Begin a checkpoint: `content` for the manifest, with the step and val_loss; the tensors of this rank.
+
+        `sync` is called in the thread, before the checkpoint is published, to bring to disk what it refers to.
+        """
+        self.finish()  # one at a time
+        self._copy(tensors)
+        self._content, self.step = content, content["step"]
+        path = self._part() / f"rank_{self.rt.rank}.safetensors"
+        self._writing = self._threads.submit(_attempt, lambda: _write_tensors(path, self._copies, sync))
+
+    @property
+    def settled(self) -> bool:
+        """Whether this rank is done with its file of a checkpoint that is not published yet."""
+        return self._writing is not None and self._writing.done()
+
+    def publish(self) -> None:
+        """Give the checkpoint its name once every rank has written its file; called on all ranks at the same step."""
+        outcomes = self.rt.gather(self._writing.result())
+        self._writing = None
+        if not self.rt.is_main:
+            return
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]
+        files = {f"rank_{rank}.safetensors": found for rank, (found, _) in enumerate(outcomes)}
+        part, step = self._part(), self._content["step"]
+        if errors:
+            self._publishing = self._threads.submit(self._give_up, part, step, errors)
+        else:
+            content = self._content
+            self._publishing = self._threads.submit(self._publish, part, {"content": content, "files": files})
+
+    @property
+    def told(self) -> str:
+        """The newest checkpoint, for a message."""
+        return str(self.last or "none")
+
+    def finish(self) -> None:
+        """Wait until what was begun is published or given up."""
+        if self._writing is not None:
+            self.publish()
+        if self._publishing is not None:
+            self._publishing.result()
+            self._publishing = None
+
+    def close(self, completed: bool) -> None:
+        """Wait for the thread; of a completed run only what checkpoint.keep_every and keep_best ask for remains."""
+        self._threads.shutdown()
+        if completed and self.rt.is_main:
+            _prune(self.folder, self.keep, last=0)
+            with contextlib.suppress(OSError):  # unless something is left in it
+                self.folder.rmdir()
+
+    def _part(self) -> Path:
+        return self.folder / (name_of(self._content["step"]) + ".part")
+
+    def _copy(self, tensors: Mapping[str, Tensor]) -> None:
+        self._copies = {name: copy for name, copy in self._copies.items() if name in tensors}
+        for name, tensor in tensors.items():
+            copy = self._copies.get(name)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._copies[name] = copy
+            copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        self.rt.synchronize()
+
+    def _publish(self, part: Path, manifest: dict[str, Any]) -> None:
+        step = manifest["content"]["step"]
+        try:
+            manifest = {"format": FORMAT, **manifest}
+            _write(part / MANIFEST, json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1).encode())
+            sync_folder(part)
+            part.rename(self.folder / name_of(step))
+            sync_folder(self.folder)
+        except OSError as error:
+            return self._give_up(part, step, [error.strerror or str(error)])
+        self.last = self.folder / name_of(step)
+        with contextlib.suppress(OSError):  # only for people; nothing here reads it
+            link = self.folder / (LATEST + ".part")
+            link.unlink(missing_ok=True)
+            link.symlink_to(name_of(step))
+            link.replace(self.folder / LATEST)
+        _prune(self.folder, self.keep, self.keep.keep_last)
+
+    def _give_up(self, part: Path, step: int, errors: list[str]) -> None:
+        shutil.rmtree(part, ignore_errors=True)
+        warn(f"no checkpoint of step {step} ({'; '.join(errors)}); the run goes on, last checkpoint: {self.told}")
+
+
+def prepare(run: Path, begin: Checkpoint | None) -> None:
+    """Make the folder ready for a run that begins at `begin` (None: at the start); called on rank 0.
+
+    What was cut off is removed; what is damaged, or belongs to steps that will be taken again, is set aside.
+    """
+    folder = run / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in folder.glob("*.part"):
+        part.unlink() if part.is_symlink() else shutil.rmtree(part)
+    for path in _published(folder):
+        if begin is None or int(path.name.removeprefix("step_")) > begin.step:
+            aside = path.with_name(path.name + ".aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
+def _prune(folder: Path, keep: CheckpointConfig, last: int) -> None:
+    """Remove all checkpoints but the `last` newest, each keep_every steps, and the best where keep_best is set."""
+    paths = _published(folder)
+    kept = set(paths[len(paths) - last :])
+    if keep.keep_every:
+        kept |= {path for path in paths if int(path.name.removeprefix("step_")) % keep.keep_every == 0}
+    if keep.keep_best:
+        losses = dict(_losses(paths))
+        kept |= {min(losses, key=losses.__getitem__)} if losses else set()
+    for path in set(paths) - kept:
+        shutil.rmtree(path, ignore_errors=True)
+    if not (folder / LATEST).exists():
+        (folder / LATEST).unlink(missing_ok=True)
+
+
+def _losses(paths: list[Path]) -> Iterator[tuple[Path, float]]:
+    """The validation loss of each checkpoint taken right after an evaluation."""
+    for path in paths:
+        with contextlib.suppress(CheckpointError):
+            if (loss := _read_manifest(path)["content"].get("val_loss")) is not None:
+                yield path, loss
+
+
+def _attempt(action: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any] | None, str | None]:
+    """What `action` returns, or why it failed."""
+    try:
+        return action(), None
+    except (OSError, SafetensorError) as error:
+        return None, getattr(error, "strerror", None) or str(error)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], sync: Callable[[], None]) -> dict[str, Any]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    sync()
+    return _describe(path)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Bring the names in a folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,70 @@
+"""The norms of the models in model/, for modular_tree: import this module and it knows them."""
+
+from __future__ import annotations
+
+import math
+from functools import reduce
+
+import torch
+
+from model.gpt2 import GPT2, MLP, Attention
+from optim.modular import VECTOR_MASS, modular_tree
+from optim.modules import (
+    ATTEND,
+    GELU_TANH,
+    MERGE_HEADS,
+    Bias,
+    Bond,
+    Composition,
+    Concatenation,
+    Embed,
+    Head,
+    Linear,
+    Module,
+    PreNormResidual,
+    attention_weights,
+    split_heads,
+)
+
+# Of the embeddings, all blocks and the head, as in the GPT of arXiv 2410.21265's code.
+EMBED_MASS, BLOCKS_MASS, HEAD_MASS = 1.0, 5.0, 1.0
+
+POSITIONS = Bond("positions", lambda tokens: torch.arange(tokens.shape[-1], device=tokens.device))
+
+
+@modular_tree.register
+def gpt2_tree(model: GPT2, prefix: str = "") -> Module:
+    """The head is tied to the embedding, so it is measured by its largest output: see Head."""
+    config = model.config
+    tokens = Embed(config.padded_vocab, config.width, name=f"{prefix}wte.weight")
+    positions = Embed(config.context, config.width, name=f"{prefix}wpe.weight") @ POSITIONS
+    branches = []
+    for i, block in enumerate(model.h):
+        for norm, branch in (("ln_1", "attn"), ("ln_2", "mlp")):
+            read = modular_tree(getattr(block, norm), f"{prefix}h.{i}.{norm}.")
+            branches.append(modular_tree(getattr(block, branch), f"{prefix}h.{i}.{branch}.") @ read)
+    links = [PreNormResidual(branch, len(branches)) for branch in branches]
+    blocks = reduce(lambda inner, outer: Composition(outer, inner), links)
+    head = Head(config.padded_vocab, config.width, name=f"{prefix}wte.weight")
+    read = modular_tree(model.ln_f, f"{prefix}ln_f.")
+    return (head @ read).tare(HEAD_MASS) @ blocks.tare(BLOCKS_MASS) @ (tokens + positions).tare(EMBED_MASS)
+
+
+@modular_tree.register
+def attention_tree(model: Attention, prefix: str = "") -> Module:
+    width = model.c_proj.in_features
+    depth = width // model.heads
+
+    def project(part: int) -> Module:
+        linear = Linear(width, width, name=f"{prefix}c_attn.weight[{part}]")
+        bias = Bias(width, name=f"{prefix}c_attn.bias[{part}]", mass=VECTOR_MASS)
+        return split_heads(model.heads) @ bias @ linear
+
+    weights = attention_weights(depth, 1 / math.sqrt(depth)) @ Concatenation((project(0), project(1)))
+    out = modular_tree(model.c_proj, f"{prefix}c_proj.")
+    return out @ MERGE_HEADS @ ATTEND @ Concatenation((weights, project(2)))
+
+
+@modular_tree.register
+def mlp_tree(model: MLP, prefix: str = "") -> Module:
+    return modular_tree(model.c_proj, f"{prefix}c_proj.") @ GELU_TANH @ modular_tree(model.c_fc, f"{prefix}c_fc.")
