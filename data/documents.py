@@ -48,8 +48,11 @@ def read_dataset(
     """The texts of a dataset, streamed; `name` is one on the Hugging Face hub, a local directory or a local file."""
     datasets = optional("datasets")
     reader = DATASET_FILES.get(kind_of(Path(name)))
-    what = dict(path=reader, data_files=name) if reader else dict(path=name, name=config, revision=revision)
+    what = dict(path=reader, data_files=name) if reader else dict(path=name, name=config)
     try:
+        if not reader and not Path(name).exists():
+            what["revision"] = optional("huggingface_hub").HfApi().dataset_info(name, revision=revision).sha
+            print(f"dataset {name} at commit {what['revision']}; --revision with it gives the same text again")
         for number, row in enumerate(datasets.load_dataset(**what, split=split, streaming=True), 1):
             yield _text(row, field, f"dataset {name}, row {number}")
     except DataError:

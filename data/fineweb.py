@@ -25,6 +25,12 @@ def shard_splits(shards: int) -> dict[str, str]:
     return {"fineweb_val_000000.bin": "val", **dict.fromkeys(train, "train")}
 
 
+def commit(revision: str) -> str:
+    """The commit that a branch or tag stands for now: all files come from it, also if the branch moves meanwhile."""
+    hub = optional("huggingface_hub")
+    return _persistently(f"revision {revision}", lambda: hub.HfApi().dataset_info(REPOSITORY, revision=revision).sha)
+
+
 def download(splits: dict[str, str], out: Path, revision: str) -> list[Shard]:
     """Bring files into `out`, each compared with the hub's sha256; files that are there already are only compared."""
     hub = optional("huggingface_hub")

@@ -218,7 +218,9 @@ def prepare_fineweb(shards: int = 1, out: str | Path | None = None, revision: st
     kept = _existing(out, "gpt2", source, settings)
     if kept and [shard.file for shard in kept.shards] == list(splits):
         return _tell("already prepared", out, kept)
-    return _complete(out, Manifest("gpt2", source, tuple(fineweb.download(splits, out, revision)), settings))
+    settings["commit"] = fineweb.commit(revision)
+    shards = tuple(fineweb.download(splits, out, settings["commit"]))
+    return _complete(out, Manifest("gpt2", source, shards, settings))
 
 
 def describe_directory(directory: str | Path, tokenizer: str = "gpt2") -> Manifest:

@@ -7,6 +7,7 @@ llm.c and modded-nanogpt, whose files can be used as they are. Those of the Pola
 import hashlib
 import json
 import os
+import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -203,6 +204,38 @@ def sha256(path: Path) -> str:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
+class OpenShard:
+    """A shard while a run reads it: one removed or replaced under its name is read on, one written to is refused.
+
+    By pread: where a mapped file is cut off, the system kills the process that reads it.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._tokens = path, len(read_shard(path))
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._state = self._look()
+
+    def _look(self) -> tuple[int, int]:
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    def __len__(self) -> int:
+        return self._tokens
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start ... stop - 1, uint16; raises DataError once the file was changed."""
+        try:
+            found = os.pread(self._descriptor, 2 * (stop - start), HEADER_BYTES + 2 * start)
+        except OSError as error:
+            raise DataError(f"cannot read shard {self.path}: {error.strerror}") from error
+        if self._look() != self._state or len(found) != 2 * (stop - start):
+            raise DataError(
+                f"shard {self.path} was changed while the run read it; bring it back and go on with --resume"
+            )
+        return np.frombuffer(found, dtype="<u2")
+
+
 class TokenStream:
     """All tokens of one split, its shards joined in manifest order and read from disk where asked."""
 
@@ -213,18 +246,19 @@ class TokenStream:
         shards = [self.directory / shard.file for shard in self.manifest.shards if shard.split == split]
         if not shards:
             raise DataError(f"{self.directory} has no {split} split; prepare it with more text")
-        self._shards = [np.asarray(read_shard(path)) for path in shards]  # plain arrays slice faster than memmaps
+        self._shards = [OpenShard(path) for path in shards]
         self._ends = list(accumulate(map(len, self._shards)))
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start ... stop - 1, uint16 (stop - start,), a view of the file where one shard has them all."""
+        """Tokens start ... stop - 1, uint16 (stop - start,)."""
         if not 0 <= start < stop <= len(self):
             raise IndexError(f"tokens {start} to {stop} of {len(self)}")
         parts = []
         for index in range(bisect_right(self._ends, start), bisect_left(self._ends, stop) + 1):
             begin = self._ends[index] - len(self._shards[index])
-            parts.append(self._shards[index][max(0, start - begin) : stop - begin])
+            shard = self._shards[index]
+            parts.append(shard.read(max(0, start - begin), min(stop - begin, len(shard))))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

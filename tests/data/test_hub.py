@@ -81,8 +81,11 @@ def test_a_dataset_that_is_not_there(small_fineweb, tmp_path, arguments, sentenc
 # fineweb
 
 
+COMMIT = "c0ffee" + 34 * "0"  # what the branch main stands for
+
+
 class Hub:
-    """The three answers of the hub that a download needs. `broken` holds (method, file) pairs to fail once each."""
+    """The answers of the hub that a download needs. `broken` holds (method, file) pairs to fail once each."""
 
     def __init__(self):
         self.files: dict[str, bytes] = {}
@@ -95,7 +98,7 @@ class Hub:
             def do_POST(self):
                 length = int(self.headers["Content-Length"])
                 self.rfile.read(length)
-                if "/datasets/kjj0/fineweb10B-gpt2/paths-info/main" not in self.path:
+                if f"/datasets/kjj0/fineweb10B-gpt2/paths-info/{COMMIT}" not in self.path:
                     return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
                 if self.fails("paths-info"):
                     return self.answer(503, b"")
@@ -104,10 +107,17 @@ class Hub:
 
             def do_GET(self):
                 file = self.path.rpartition("/")[2]
+                if self.path.startswith("/api/datasets/kjj0/fineweb10B-gpt2/revision/"):
+                    known = file in ("main", COMMIT)
+                    about = json.dumps({"id": "kjj0/fineweb10B-gpt2", "sha": COMMIT, "tags": [], "siblings": []})
+                    error = None if known else {"X-Error-Code": "RevisionNotFound"}
+                    return self.answer(200 if known else 404, about.encode(), error)
+                if f"/resolve/{COMMIT}/" not in self.path:
+                    return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
                 content = hub.files[file]
                 if self.command == "GET" and self.fails(file):
                     content = content[:-2]
-                headers = {"ETag": f'"{hub.sha256(file)}"', "X-Repo-Commit": "0" * 40}
+                headers = {"ETag": f'"{hub.sha256(file)}"', "X-Repo-Commit": COMMIT}
                 return self.answer(200, content, headers)
 
             do_HEAD = do_GET
@@ -164,6 +174,7 @@ def test_fineweb_is_downloaded_in_spite_of_failures_and_then_kept(hub, tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("trying again") == 2 and not hub.broken
     manifest = verify(tmp_path / "out")
+    assert manifest.settings == {"revision": "main", "commit": COMMIT}
     assert [shard.file for shard in manifest.shards] == ["fineweb_val_000000.bin", "fineweb_train_000001.bin"]
     assert (tmp_path / "out/fineweb_train_000001.bin").read_bytes() == hub.files["fineweb_train_000001.bin"]
 
@@ -195,10 +206,10 @@ def test_a_shard_with_another_sha256_is_not_kept(hub, tmp_path):
 
 def test_a_revision_or_shard_that_the_hub_has_not(hub, tmp_path):
     result = run(tmp_path, f"fineweb --revision old --out {tmp_path}/out", HF_ENDPOINT=hub.url)
-    assert result.returncode == 2 and "cannot download the list of files" in result.stderr
+    assert result.returncode == 2 and "cannot download revision old" in result.stderr
     assert "trying again" not in result.stdout
     result = run(tmp_path, f"fineweb --shards 3 --out {tmp_path}/out", HF_ENDPOINT=hub.url)
-    assert "at revision main has no fineweb_train_000003.bin; choose another --revision" in result.stderr
+    assert f"at revision {COMMIT} has no fineweb_train_000003.bin; choose another --revision" in result.stderr
 
 
 def test_fineweb_without_network(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -203,3 +204,42 @@ def test_describing_a_shard(tmp_path):
     write_shard(tmp_path / "x.bin", np.array([1]))
     shard = describe_shard(tmp_path / "x.bin", "val", "gpt2")
     assert (shard.file, shard.split, shard.tokens, len(shard.sha256)) == ("x.bin", "val", 1, 64)
+
+
+# ---- a file that changes while it is read ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def being_read(shard_set) -> tuple[TokenStream, Path]:
+    directory = shard_set(train=[[1, 2, 3, 4], [5, 6, 7, 8]], val=[[9]])
+    stream = TokenStream(directory, "train")
+    assert stream.read(2, 6).tolist() == [3, 4, 5, 6]
+    return stream, directory / stream.manifest.shards[1].file
+
+
+def cut_off(path: Path):
+    os.truncate(path, HEADER_BYTES + 4)
+
+
+def overwrite(path: Path):
+    with open(path, "r+b") as file:
+        file.seek(HEADER_BYTES)
+        file.write(b"\x07\x00")
+    os.utime(path, ns=(1, 1))  # a clock too coarse to tell two writes apart
+
+
+@pytest.mark.parametrize("change", [cut_off, overwrite])
+def test_a_shard_written_to_while_it_is_read_is_refused(being_read, change):
+    stream, path = being_read
+    change(path)
+    assert stream.read(0, 4).tolist() == [1, 2, 3, 4]  # of the other shard
+    with pytest.raises(DataError, match=f"{path.name} was changed while the run read it"):
+        stream.read(2, 6)
+
+
+def test_a_shard_replaced_or_removed_under_its_name_is_read_on(being_read, tmp_path):
+    stream, path = being_read
+    write_shard(path, np.array([0, 0, 0, 0]))  # by rename, as all that we write
+    assert stream.read(4, 8).tolist() == [5, 6, 7, 8]
+    path.unlink()
+    assert stream.read(4, 8).tolist() == [5, 6, 7, 8]
