@@ -2,8 +2,8 @@
 
 Each point runs in a process of its own, one a GPU or one a CPU core. The same command continues a sweep that was
 stopped: what completed or diverged is recognised by the hash of its resolved configuration and never run twice, what
-crashed or was killed runs again. Any number of these commands share one directory. See scripts/sweep_points.py for the
-sweep file and scripts/sweep_workers.py for what lies in the directory.
+crashed or was killed goes on from its last checkpoint. Any number of these commands share one directory. See
+scripts/sweep_points.py for the sweep file and scripts/sweep_workers.py for what lies in the directory.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def estimate(
     methods = {point.fingerprint: point.method for point in points}
     rates = defaultdict(list)
     for record in records:
-        if record["status"] == "completed" and record["fingerprint"] in methods:
+        whole = record["status"] == "completed" and not record.get("resumed")
+        if whole and record["fingerprint"] in methods:
             rates[methods[record["fingerprint"]]].append(record["tokens"] / record["seconds"])
     if not rates:
         return None

@@ -3,7 +3,7 @@
 DIR/NAME/             one run directory a point, with stdout.log and point.yaml, the configuration it was started from
 DIR/sweep.jsonl       one line an attempt: when, which point, how it ended, seconds, tokens
 DIR/.locks/           one file a point, locked while the point runs
-DIR/.aside/           the latest run directory of a point that did not finish and was started again
+DIR/.aside/           the latest run directory of a point that did not finish and could not be taken up again
 
 A point is locked by flock on a file that its process inherits, so the lock lasts exactly as long as the run, also when
 the sweep was killed and the run was not; any number of sweeps, on any machines that share DIR, work side by side.
@@ -11,7 +11,6 @@ the sweep was killed and the run was not; any number of sweeps, on any machines 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -31,10 +30,13 @@ from queue import SimpleQueue
 import torch
 
 from scripts.sweep_points import Point
+from training.checkpoints import FOLDER as CHECKPOINTS
+from training.checkpoints import published
 from training.config import ConfigError, fingerprint, to_yaml
-from training.run_directory import FINISHED, REPOSITORY, read_json, settings_of
+from training.run_directory import FINISHED, REPOSITORY, changes_since, read_json, settings_of, try_lock
 
 GRACE_SECONDS = 40  # between the request to stop and the kill: torchrun itself gives its ranks 30
+STOPPED = 75  # exit code of a trainer that was asked to stop and saved its run
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,7 @@ def locked(directory: Path, point: Point) -> Iterator[int | None]:
     (directory / ".locks").mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory / ".locks" / point.fingerprint, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        held = True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = False
-        yield descriptor if held else None
+        yield descriptor if try_lock(descriptor) else None
     finally:
         os.close(descriptor)
 
@@ -95,6 +92,15 @@ def set_aside(directory: Path, run: Path) -> None:
     with suppress(FileNotFoundError):
         (run / "summary.json").rename(run / "summary.unfinished.json")
     run.rename(aside)
+
+
+def goes_on(run: Path, point: Point) -> bool:
+    """Whether an unfinished run can be taken up from a checkpoint: same settings, same code, same tokens."""
+    try:
+        same = fingerprint(settings_of(run)) == point.fingerprint and not changes_since(run)
+    except ConfigError:
+        return False
+    return same and bool(published(run / CHECKPOINTS))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,8 +134,8 @@ def find_places(points: Sequence[Point], workers: int | None, nproc: int) -> Pla
 
 
 def command(config: Path, nproc: int) -> list[str]:
-    """How a configuration is trained."""
-    trainer = [str(REPOSITORY / "train_gpt2.py"), "--config", str(config)]
+    """How a configuration is trained, from its last checkpoint if it has one."""
+    trainer = [str(REPOSITORY / "train_gpt2.py"), "--config", str(config), "--resume", "auto"]
     if nproc == 1:
         return [sys.executable, *trainer]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", *trainer]
@@ -191,13 +197,14 @@ class Workers:
             return time.monotonic() + statistics.median(self.seconds) > self.deadline
 
     def _train(self, point: Point, run: Path, place: Mapping[str, str], lock: int) -> Outcome:
-        if run.exists():
+        resumed = goes_on(run, point)
+        if run.exists() and not resumed:
             set_aside(self.directory, run)
-        run.mkdir(parents=True)
+        run.mkdir(parents=True, exist_ok=True)
         config = run / "point.yaml"
         config.write_text(to_yaml(replace(point.config, run_dir=str(run))), encoding="utf-8")
         start = time.monotonic()
-        with (run / "stdout.log").open("wb") as log:
+        with (run / "stdout.log").open("ab") as log:
             with self.guard:
                 if self.stopped:
                     return Outcome("interrupted")
@@ -215,7 +222,7 @@ class Workers:
             if code != 0:  # what it started may outlive it
                 _signal_group(child, signal.SIGKILL)
         outcome = self._judge(run, code, time.monotonic() - start)
-        self._note(point, outcome, code)
+        self._note(point, outcome, code, resumed)
         return outcome
 
     def _judge(self, run: Path, code: int, seconds: float) -> Outcome:
@@ -225,12 +232,12 @@ class Workers:
         if summary["status"] in FINISHED:
             told = f"validation loss {summary['val_loss']:.4f}" if summary["status"] == "completed" else ""
             return Outcome(summary["status"], told, seconds)
-        if self.stopped:
+        if self.stopped or code == STOPPED:
             return Outcome("interrupted", seconds=seconds)
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return Outcome("failed", ", ".join(filter(None, [how, last_line(run / "stdout.log")])), seconds)
 
-    def _note(self, point: Point, outcome: Outcome, code: int) -> None:
+    def _note(self, point: Point, outcome: Outcome, code: int, resumed: bool) -> None:
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "point": point.name,
@@ -240,6 +247,7 @@ class Workers:
             "exit_code": code,
             "seconds": round(outcome.seconds, 3),
             "tokens": point.tokens,
+            "resumed": resumed,
         }
         try:
             with self.guard, (self.directory / "sweep.jsonl").open("a", encoding="utf-8") as file:

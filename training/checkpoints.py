@@ -119,7 +119,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def newest(run: Path, tell: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint of a run directory that is whole; `tell` hears a sentence for each one passed over."""
-    for path in reversed(_published(run / FOLDER)):
+    for path in reversed(published(run / FOLDER)):
         try:
             return read(path)
         except CheckpointError as error:
@@ -127,8 +127,8 @@ def newest(run: Path, tell: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def _published(folder: Path) -> list[Path]:
-    """The checkpoints in a folder by step."""
+def published(folder: Path) -> list[Path]:
+    """The checkpoints in a folder by step, unread."""
     found = [path for path in folder.glob("step_*") if NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
@@ -256,7 +256,7 @@ def prepare(run: Path, begin: Checkpoint | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for part in folder.glob("*.part"):
         part.unlink() if part.is_symlink() else shutil.rmtree(part)
-    for path in _published(folder):
+    for path in published(folder):
         if begin is None or int(path.name.removeprefix("step_")) > begin.step:
             aside = path.with_name(path.name + ".aside")
             shutil.rmtree(aside, ignore_errors=True)
@@ -265,7 +265,7 @@ def prepare(run: Path, begin: Checkpoint | None) -> None:
 
 def _prune(folder: Path, keep: CheckpointConfig, last: int) -> None:
     """Remove all checkpoints but the `last` newest, each keep_every steps, and the best where keep_best is set."""
-    paths = _published(folder)
+    paths = published(folder)
     kept = set(paths[len(paths) - last :])
     if keep.keep_every:
         kept |= {path for path in paths if int(path.name.removeprefix("step_")) % keep.keep_every == 0}

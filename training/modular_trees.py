@@ -47,7 +47,8 @@ def gpt2_tree(model: GPT2, prefix: str = "") -> Module:
     blocks = reduce(lambda inner, outer: Composition(outer, inner), links)
     head = Head(config.padded_vocab, config.width, name=f"{prefix}wte.weight")
     read = modular_tree(model.ln_f, f"{prefix}ln_f.")
-    return (head @ read).tare(HEAD_MASS) @ blocks.tare(BLOCKS_MASS) @ (tokens + positions).tare(EMBED_MASS)
+    relative = Bond("relative", lambda x: x, config.width)
+    return (head @ read).tare(HEAD_MASS) @ blocks.tare(BLOCKS_MASS) @ relative @ (tokens + positions).tare(EMBED_MASS)
 
 
 @modular_tree.register

@@ -12,6 +12,7 @@ resumed.jsonl      one line each time it was: from which step, on what machine
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -70,6 +71,18 @@ def writing(path: Path) -> Iterator[None]:
         raise ConfigError(f"cannot write the run directory {path}: {error.strerror}; choose another run_dir") from error
 
 
+def try_lock(descriptor: int) -> bool:
+    """Take the system's lock on an open file; False while another has it. Where a file system has no locks, True."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return True
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the run directory, made if need be; raises ConfigError while another process holds it.
@@ -80,12 +93,10 @@ def locked(path: Path) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
         file = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held over the block)
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file.fileno()):
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise ConfigError(f"{path} is in use by {holder}; wait for it, or choose another run_dir") from None
+            raise ConfigError(f"{path} is in use by {holder}; wait for it, or choose another run_dir")
         with suppress(OSError):  # the words are for people; a full disk need not stop a run here
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")

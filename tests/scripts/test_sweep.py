@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -396,7 +397,8 @@ def test_cpu_workers_share_the_cores(write, monkeypatch):
 
 
 def test_ranks_start_under_torchrun():
-    assert sweep_workers.command(Path("c.yaml"), 1)[1:] == [str(Path("train_gpt2.py").resolve()), "--config", "c.yaml"]
+    alone = [str(Path("train_gpt2.py").resolve()), "--config", "c.yaml", "--resume", "auto"]
+    assert sweep_workers.command(Path("c.yaml"), 1)[1:] == alone
     assert "--nproc_per_node=4" in sweep_workers.command(Path("c.yaml"), 4)
 
 
@@ -449,3 +451,49 @@ def test_a_wandb_sweep_is_the_same_grid(write, capsys):
             assert config.wandb.mode == "online"
             theirs.add(fingerprint(settings(config)))
     assert theirs == ours and len(ours) == 8
+
+
+def test_a_stopped_sweep_goes_on_with_its_runs_where_they_were(write, tmp_path):
+    keys = {
+        "train.steps": 300,
+        "data.epochs": 2,
+        "train.eval_every": 300,
+        "train.inspect_every": 0,
+        "checkpoint.every": 100,
+    }
+    path, directory = write(seeds=1, axes={"optim.matrix.lr": [0.01]}, keys=keys), tmp_path / "dir"
+    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(run(path, directory)))
+    process.start()
+    [point] = expand(read_sweep(path))
+    metrics, end = directory / point.name / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 20) and time.monotonic() < end:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 130 and [a["status"] for a in attempts(directory)] == ["interrupted"]
+    assert run(path, directory) == 0
+    assert [a["resumed"] for a in attempts(directory)] == [False, True] and not (directory / ".aside").exists()
+    [line] = (directory / point.name / "resumed.jsonl").read_text().splitlines()
+    assert 20 < json.loads(line)["step"] < 300
+    assert run(path, tmp_path / "whole") == 0
+    losses = {
+        json.loads((d / point.name / "summary.json").read_text())["val_loss"] for d in (directory, tmp_path / "whole")
+    }
+    assert len(losses) == 1
+
+
+@pytest.mark.parametrize("change", ["settings", "source", "checkpoint"])
+def test_a_run_of_another_code_or_configuration_is_not_taken_up(write, tmp_path, change):
+    [point, *_] = expand(read_sweep(write()))
+    run = tmp_path / point.name
+    (run / "checkpoints/step_00000002").mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(point.config))
+    assert sweep_workers.goes_on(run, point)
+    if change == "settings":
+        (run / "config.yaml").write_text(to_yaml(replace(point.config, seed=7)))
+    elif change == "source":
+        with zipfile.ZipFile(run / "source.zip", "w") as archive:
+            archive.writestr("train_gpt2.py", "another story")
+    else:
+        shutil.rmtree(run / "checkpoints")
+    assert not sweep_workers.goes_on(run, point)
