@@ -24,6 +24,7 @@ from scripts.report.published import published_for
 from scripts.report.runs import AVERAGED, Reading, Run, text
 from scripts.report.verdict import Comparison, compare_all
 
+FEW = 15  # pairs that are told in a sentence each
 MOST = 24  # methods that a figure can hold and pairs can be read of
 TOLERANCE = 0.02  # nats per token that a useful learning rate may cost
 
@@ -62,6 +63,17 @@ class Findings:
     def names(self) -> list[str]:
         """Every method, those that diverged everywhere last."""
         return list(dict.fromkeys([m.name for m in self.methods] + [p.method for p in self.rows]))
+
+    @property
+    def sentences(self) -> list[str]:
+        """The verdict in words: of every pair, or among many methods of the best with each other one."""
+        if len(self.verdict) <= FEW:
+            return [pair.sentence for pair in self.verdict]
+        best = self.methods[0].name
+        told = [pair.sentence for pair in self.verdict if best in (pair.a, pair.b)]
+        resolved = sum(pair.resolved for pair in self.verdict if best not in (pair.a, pair.b))
+        others = len(self.verdict) - len(told)
+        return [*told, f"of the {others} pairs among the others, {resolved} resolved; the table of all pairs has them"]
 
     @property
     def shown(self) -> list[str]:

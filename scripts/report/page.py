@@ -52,7 +52,7 @@ def write_page(folder: Path, findings: Findings, title: str) -> None:
         diverged=sum(run.val_loss is None for run in findings.runs),
         seeds=len({run.seed for run in findings.runs}),
         methods=findings.names,
-        sentences=[c.sentence for c in findings.verdict],
+        sentences=findings.sentences,
         no_pair=tables.NO_PAIR,
         notes=findings.notes,
         first=[p for p in shown if p.name.startswith("loss_vs_lr")],

@@ -165,7 +165,7 @@ def shared(findings: Findings) -> Table:
 
 def headline(findings: Findings) -> str:
     """The best learning rates and the verdict, in Markdown."""
-    sentences = "\n".join(f"- {c.sentence}" for c in findings.verdict) or NO_PAIR
+    sentences = "\n".join(f"- {sentence}" for sentence in findings.sentences) or NO_PAIR
     first = best(findings).markdown() if findings.methods else "Every method diverged at every learning rate."
     return f"{first}\n\n## Verdict\n\n{sentences}"
 
@@ -174,6 +174,8 @@ def markdown(findings: Findings) -> str:
     """table.md: the verdict in sentences and the tables behind it."""
     more = track3(findings) if findings.rule == "track3" else []
     more += [speed(findings), sensitivity(findings), all_points(findings)]
+    if len(findings.sentences) < len(findings.verdict):
+        more.append(pairs("All pairs", findings.verdict))
     parts = [headline(findings), *(table.markdown() for table in more if table.rows)]
     if findings.notes:
         parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in findings.notes))

@@ -454,6 +454,19 @@ def test_more_methods_than_a_figure_holds_are_in_the_tables_only(tmp_path):
     assert markdown(found).count("| jordan steps=30 ") == 4  # best, speed, sensitivity, points
 
 
+def test_of_many_pairs_those_of_the_best_method_are_told_and_all_are_in_the_table(tmp_path):
+    for i in range(7):
+        for seed in range(3):
+            loss = 3 + i / 10 + (0.01 * seed if i else 0)
+            fake_run(tmp_path, f"{i}{seed}", "jordan", 0.01, seed, loss, more=f"train: {{steps: {i + 1}}}")
+    found = find(read_runs([tmp_path]), None, 0.01, None)
+    assert len(found.verdict) == 21 and len(found.sentences) == 7
+    assert all("steps=1" in sentence for sentence in found.sentences[:6])
+    others = sum(pair.resolved for pair in found.verdict if "steps=1" not in (pair.a.split()[-1], pair.b.split()[-1]))
+    assert found.sentences[6].startswith(f"of the 15 pairs among the others, {others} resolved")
+    assert "## All pairs" in markdown(found)
+
+
 TITLE = "<script>alert(1)</script> & $x$"
 
 
