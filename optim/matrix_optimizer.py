@@ -39,6 +39,11 @@ def shape_scale(kind: str, m: int, n: int) -> float:
     return SHAPE_SCALES[kind](m, n)
 
 
+# How a parameter that is no matrix is read: not at all, as the matrices of its last two dimensions, or as one matrix
+# (size(0), all the rest), which is how a convolution sees its kernel, and a vector itself: as a column.
+TENSORS = ("refuse", "stack", "flatten")
+
+
 def require(holds: bool, option: str, value: Any, expected: str) -> None:
     """Raises ValueError naming an option whose value is not as expected."""
     if not holds:
@@ -46,15 +51,19 @@ def require(holds: bool, option: str, value: Any, expected: str) -> None:
 
 
 class Spec(NamedTuple):
-    """One state tensor of one matrix, zero at the start; dtype None stands for the optimizer's state_dtype."""
+    """One state tensor of one matrix; dtype None stands for the optimizer's state_dtype.
+
+    It is zero at the start, or with `identity`, for a square shape, the identity.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None = None
+    identity: bool = False
 
 
 @dataclass
 class Bucket:
-    """Parameters of one group that are worked on together: each is `blocks` matrices m x n stacked by rows."""
+    """Parameters of one group that are worked on together: each is one matrix m x n, or several in row-major order."""
 
     group: dict[str, Any]
     names: list[list[str]]  # of the matrices of each parameter
@@ -62,19 +71,22 @@ class Bucket:
     matrix: tuple[int, int]  # m, n
     dtype: torch.dtype  # of the stacked gradients and directions
     shares: list[range]  # per rank, the parameters it owns
-    state: dict[str, Tensor]  # of this rank's share: (parameters, blocks, *spec.shape)
+    state: dict[str, Tensor]  # of this rank's share: (parameters, matrices in each, *spec.shape)
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
     """Base class of the optimizers that update whole matrices, p -= lr * shape_scale * direction.
 
     Args:
-        params: 2-D parameters, (name, parameter) pairs, or groups of either.
+        params: matrices, or tensors if `tensors` says so, (name, parameter) pairs, or groups of either.
         defaults: the options of a group, among them
             lr: learning rate;
             weight_decay: decoupled, p *= 1 - lr * weight_decay before the step, whatever the shape scale;
             shape_scale: one of SHAPE_SCALES, of the shape of a block;
-            blocks: how many equal matrices are stacked by rows in each parameter (3 in a fused QKV).
+            blocks: how many equal matrices are stacked by rows in each parameter (3 in a fused QKV);
+            tensors: what to do with more than two dimensions: "refuse" them (default), "stack" the matrices of the last
+                two (experts), or "flatten" them to (size(0), rest) (kernels of convolutions);
+            step: how many steps were taken before this one; the shell counts.
         state_dtype: of the state, whatever that of the parameters; float64 parameters have float64 state.
         process_group: the ranks that share the work (default: all, if torch.distributed is initialized). They must
             hold the same gradients, as they do after DDP, and lack the same ones.
@@ -102,7 +114,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._known: set[str | Tensor] = set()  # parameters and their names
         self._buckets: list[Bucket] = []
         self._direction_hooks: OrderedDict[int, Callable[[list[str], list[Tensor]], None]] = OrderedDict()
-        super().__init__(params, defaults)
+        super().__init__(params, {"tensors": "refuse", "step": 0, **defaults})
 
     # ---- the part of a subclass --------------------------------------------------------------------------------
 
@@ -112,6 +124,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         require(isinstance(lr, Real) and 0 <= lr < math.inf, "lr", lr, "a number of at least 0")
         require(isinstance(decay, Real) and 0 <= decay < math.inf, "weight_decay", decay, "a number of at least 0")
         require(isinstance(blocks, int) and blocks >= 1, "blocks", blocks, "a whole number of at least 1")
+        tensors, step = group["tensors"], group["step"]
+        require(tensors in TENSORS, "tensors", tensors, f"one of {', '.join(TENSORS)}")
+        require(isinstance(step, int) and step >= 0, "step", step, "a whole number of at least 0")
         shape_scale(group["shape_scale"], 1, 1)  # refuses an unknown kind
 
     def state_spec(self, m: int, n: int, group: Mapping[str, Any]) -> dict[str, Spec]:
@@ -121,7 +136,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def direction(self, grads: Tensor, state: dict[str, Tensor], group: Mapping[str, Any]) -> Tensor:
         """Directions (k, m, n) for gradients (k, m, n); updates the state, (k, *spec.shape) each, in place.
 
-        Gradients come in float32, float64 for float64 parameters. Nothing here may wait for the device.
+        Gradients come in float32, float64 for float64 parameters. What is decided once for a whole stack (refresh or
+        not) goes by group["step"], what differs between its matrices (a gradient seen or not) by a state tensor, so
+        that nothing here waits for the device except where a factorization must.
         """
         raise NotImplementedError
 
@@ -135,7 +152,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         names = group.get("param_names", [f"parameter {first + i}" for i in range(len(group["params"]))])
         alike: dict[tuple, list[tuple[str, Tensor]]] = {}
         for name, p in zip(names, group["params"], strict=True):
-            _check_parameter(name, p, group["blocks"])
+            _check_parameter(name, p, group)
             if not self._known.isdisjoint((name, p)):
                 raise ValueError(f"{name!r} is given twice, by name or by parameter")
             self._known |= {name, p}
@@ -144,22 +161,25 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._add_bucket(group, *map(list, zip(*members, strict=True)))
 
     def _add_bucket(self, group: dict[str, Any], names: list[str], params: list[Tensor]) -> None:
-        blocks, (rows, n) = group["blocks"], params[0].shape
+        m, n = matrix_shape(params[0].shape, group["blocks"], group["tensors"])
+        count = params[0].numel() // (m * n)
         double = params[0].dtype == torch.float64
         shares = self._divide(len(params))
         own = shares[self._rank]
         state = {}
-        for key, (shape, dtype) in self.state_spec(rows // blocks, n, group).items():
+        for key, (shape, dtype, identity) in self.state_spec(m, n, group).items():
             dtype = dtype or (torch.float64 if double else self._state_dtype)
-            state[key] = torch.zeros(len(own), blocks, *shape, dtype=dtype, device=params[0].device)
+            state[key] = torch.zeros(len(own), count, *shape, dtype=dtype, device=params[0].device)
+            if identity:
+                state[key].diagonal(dim1=-2, dim2=-1).fill_(1)
         for i, p in enumerate(params[own.start : own.stop]):
-            self.state[p] = {key: stack[i] if blocks > 1 else stack[i, 0] for key, stack in state.items()}
+            self.state[p] = {key: stack[i] if count > 1 else stack[i, 0] for key, stack in state.items()}
         self._buckets.append(
             Bucket(
                 group=group,
-                names=[[f"{name}[{i}]" for i in range(blocks)] if blocks > 1 else [name] for name in names],
+                names=[[f"{name}[{i}]" for i in range(count)] if count > 1 else [name] for name in names],
                 params=params,
-                matrix=(rows // blocks, n),
+                matrix=(m, n),
                 dtype=torch.float64 if double else torch.float32,
                 shares=shares,
                 state=state,
@@ -194,6 +214,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             ahead = started
         if ahead is not None:
             self._finish(*ahead)
+        for group in self.param_groups:
+            group["step"] += 1
         return loss
 
     def _start(self, bucket: Bucket) -> tuple[list[Tensor | None], list[dist.Work]]:
@@ -240,7 +262,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         directions = [directions[i] for i in present]
         for hook in self._direction_hooks.values():
             names = [name for i in present for name in bucket.names[i]]
-            hook(names, [matrix for d in directions for matrix in d.view(-1, *bucket.matrix)])
+            hook(names, [matrix for d in directions for matrix in d.reshape(-1, *bucket.matrix)])
         group = bucket.group
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
@@ -251,7 +273,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Have hook(names, directions) called in each step for each stack, with k names and k matrices (m, n).
 
         The directions are those of all ranks, before shape scale and learning rate; they are views into the stack, to
-        be copied if kept. Block i of a fused parameter is called name[i].
+        be copied if kept. Matrix i of a parameter that is several is called name[i].
         """
         handle = RemovableHandle(self._direction_hooks)
         self._direction_hooks[handle.id] = hook
@@ -293,15 +315,23 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 tensor.copy_(state_dict["state"][key][part])
 
 
-def _check_parameter(name: str, p: Tensor, blocks: int) -> None:
+def matrix_shape(shape: tuple[int, ...], blocks: int = 1, tensors: str = "refuse") -> tuple[int, int]:
+    """(m, n) of the matrices that a parameter of this shape is worked on as; see MatrixOptimizer for the options."""
+    rows, n = (shape[0], math.prod(shape[1:])) if tensors == "flatten" else shape[-2:]
+    return rows // blocks, n
+
+
+def _check_parameter(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
     if hasattr(p, "device_mesh"):
         problem = "it is a DTensor, and whole matrices are needed: use DDP"
     elif p.layout != torch.strided or not p.is_floating_point():
         problem = f"it must be dense and real, not {p.layout} and {p.dtype}"
-    elif p.ndim != 2 or p.numel() == 0:
+    elif p.ndim < (1 if group["tensors"] == "flatten" else 2) or p.numel() == 0:
         problem = "it must have two dimensions and an entry; give others to AdamW"
-    elif p.size(0) % blocks:
-        problem = f"its rows do not divide into blocks={blocks}"
+    elif p.ndim > 2 and group["tensors"] == "refuse":
+        problem = "it must have two dimensions; set tensors to stack or flatten for it, or give it to AdamW"
+    elif p.size(0 if group["tensors"] == "flatten" else -2) % group["blocks"]:
+        problem = f"its rows do not divide into blocks={group['blocks']}"
     else:
         return
     raise ValueError(f"{name!r} of shape {tuple(p.shape)} cannot be optimized as a matrix: {problem}")
@@ -319,9 +349,11 @@ def _match_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> lis
     if None in matched:
         raise ValueError("the state dict divides the parameters into other groups than this optimizer does")
     for group, found in zip(own, matched, strict=True):
-        if found.get("blocks", group["blocks"]) != group["blocks"]:
-            name, there, here = group["params"][0], found["blocks"], group["blocks"]
-            raise ValueError(f"the state dict has blocks={there} for {name!r} where this optimizer has blocks={here}")
+        for option in ("blocks", "tensors"):
+            here, there = group[option], found.get(option, group[option])
+            if here != there:
+                where = f"for {group['params'][0]!r} where this optimizer has {option}={here}"
+                raise ValueError(f"the state dict has {option}={there} {where}")
     return [{option: value for option, value in group.items() if option != "params"} for group in matched]
 
 

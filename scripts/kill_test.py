@@ -65,11 +65,15 @@ class Count:
     beginning: int = 0
 
 
-def result(run: Path) -> dict[str, Any]:
-    """The file of the weights, and every line of metrics.jsonl without its times."""
+def records(run: Path) -> list[dict[str, Any]]:
+    """Every line of metrics.jsonl without its times."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-    return {"weights": (run / "model.safetensors").read_bytes(), "metrics": records}
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def result(run: Path) -> dict[str, Any]:
+    """What two equal runs have in common: the file of the weights, and the records."""
+    return {"weights": (run / "model.safetensors").read_bytes(), "metrics": records(run)}
 
 
 def start(arguments: Sequence[str], run: Path) -> BaseProcess:

@@ -1,8 +1,10 @@
 """The whole path on a small text: train, fail, redo, sample."""
 
+import itertools
 import json
 import math
 import re
+import signal
 import sys
 import types
 import zipfile
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 
 import train_gpt2
 from training.finished_run import load_run
+from training.optimizers import BUILDERS
 
 
 def records(run_dir, kind):
@@ -104,8 +107,8 @@ def test_a_run_is_redone_from_its_directory(tiny, tmp_path, capsys):
     assert "note:" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_both_optimizers_train_the_hidden_matrices(tiny, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["adamw", *BUILDERS])
+def test_every_optimizer_trains_the_hidden_matrices(tiny, tmp_path, kind):
     assert train_gpt2.main([*tiny, f"optim.matrix.optimizer={kind}", "optim.matrix.lr=0.01"]) == 0
     model, _, _ = load_run(tmp_path / "run")
     after = {name: p.clone() for name, p in model.named_parameters()}
@@ -190,3 +193,25 @@ def test_bf16_autocast_stays_near_fp32(tiny, tmp_path):
         assert train_gpt2.main([*tiny, f"train.precision={precision}", f"run_dir={tmp_path / precision}"]) == 0
     exact, rounded = (records(tmp_path / p, "val")[-1]["loss"] for p in ("fp32", "bf16"))
     assert rounded != exact and rounded == pytest.approx(exact, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["adamw", *BUILDERS])
+def test_every_optimizer_goes_on_to_the_same_bits(tiny, tmp_path, monkeypatch, name):
+    """Stopped by a signal in its seventh step, between two refreshes of what is refreshed, and taken up again."""
+    more = [f"optim.matrix.optimizer={name}", "optim.matrix.lr=0.005", "train.steps=10", "sample.tokens=0"]
+    more += ["optim.soap.precondition_frequency=3", "optim.shampoo.precondition_frequency=3"]
+    more += ["optim.soap.preconditioner_dtype=bf16", "optim.soap.storage=P", "optim.soap.subspace_fraction=0.5"]
+    assert train_gpt2.main([*tiny, *more, f"run_dir={tmp_path / 'whole'}"]) == 0
+    with monkeypatch.context() as patch:
+        update, steps = train_gpt2.update, itertools.count(1)
+
+        def update_and_ask(*arguments):
+            if next(steps) == 7:
+                signal.raise_signal(signal.SIGTERM)
+            return update(*arguments)
+
+        patch.setattr(train_gpt2, "update", update_and_ask)
+        assert train_gpt2.main([*tiny, *more]) == 75
+    assert train_gpt2.main(["--resume", str(tmp_path / "run")]) == 0
+    weights = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("run", "whole")]
+    assert weights[0] == weights[1]

@@ -87,8 +87,8 @@ class DataConfig:
 class MatrixConfig:
     """How the hidden matrices are updated."""
 
-    optimizer: Literal["muon", "adamw"] = "muon"
-    """muon, or adamw for the baseline (then with the betas and eps of optim.adamw)."""
+    optimizer: Literal["muon", "adamw", "sgd", "shampoo", "soap", "kl_shampoo", "kl_soap", "jorge"] = "muon"
+    """What updates them; adamw has the betas and eps of optim.adamw, others a section of their own beside this one."""
     lr: float = 0.02
     """Peak learning rate of the hidden matrices."""
     weight_decay: float = 0.0
@@ -108,9 +108,9 @@ class MatrixConfig:
     allow_unsafe: bool = False
     """Accept a schedule that one rounding of bf16 can make flip signs or explode."""
     momentum: float = 0.95
-    """Decay of the momentum buffer."""
+    """Decay of the momentum buffer of muon, sgd and jorge."""
     nesterov: bool = True
-    """Orthogonalize the look-ahead of the momentum rather than the momentum."""
+    """Look ahead of the momentum (muon, sgd)."""
     momentum_form: Literal["ema", "sum"] = "ema"
     """ema: m <- mu m + (1 - mu) g; sum: m <- mu m + g (the paper's code)."""
     shape_scale: Literal["none", "spectral", "original", "match_rms_adamw"] = "original"
@@ -139,6 +139,86 @@ class AdamWConfig:
     """Decoupled decay of the parameters whose rule names none."""
 
 
+@dataclass
+class SoapConfig:
+    """soap, kl_soap and kl_shampoo: how they follow the eigenbases of the gradient's two Kronecker factors."""
+
+    betas: tuple[float, float] | None = None
+    """Decay of momentum and second moment; null is (0.95, 0.95) for soap and (0.9, 0.98) for the KL methods."""
+    shampoo_beta: float | None = None
+    """Decay of the statistics; null is the second of betas."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    bias_correction: bool | None = None
+    """Of the moments, as in Adam; null is true for soap and false for kl_soap."""
+    orthogonalize: bool = False
+    """Orthogonalize the direction with optim.matrix.orthogonalizer (SOAP-Muon)."""
+    storage: Literal["S", "P"] = "S"
+    """What is stored of a factor: S, its covariance, or P, the same seen from its eigenbasis."""
+    preconditioner_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of statistics and bases; bf16 is made for storage P."""
+    precondition_frequency: int = 10
+    """Steps between refreshes of the bases."""
+    refresh: Literal["qr", "eigh"] = "qr"
+    """One step of orthogonal iteration, or all the way to the eigenvectors."""
+    subspace_fraction: float = 1.0
+    """Part of each basis that a refresh turns; 0.25 costs a sixth of all of it or less."""
+    subspace_rule: Literal["partition", "greedy"] = "partition"
+    """Which part: random ones in turn, or that with most off-diagonal mass."""
+    polish_interval: int = 10
+    """Refreshes between steps that make the bases orthonormal again; 0 is never."""
+    transport: Literal["permute", "squared"] = "permute"
+    """How second moments follow a refresh: with their eigenvalues' order, or by the squared rotation."""
+    statistics: Literal["after", "before"] = "after"
+    """Whether a gradient enters the bases after the step that it makes, or before."""
+    first_step: Literal["skip", "take"] = "skip"
+    """What to do before there is a basis: no update, as published, or one in the basis of that gradient."""
+    eigenvalues: Literal["average", "diagonal"] = "average"
+    """Of the KL methods: averaged in every step, or the diagonal of P (storage P only)."""
+    max_dim: int = 10000
+    """A side longer than this gets no factor."""
+
+
+@dataclass
+class ShampooConfig:
+    """shampoo: gradients between inverse roots of their covariances."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of momentum and statistics."""
+    power: float = 0.25
+    """Of the inverse roots: 0.25, or 0.5 with the trace taken out."""
+    statistics: Literal["ema", "sum"] = "ema"
+    """Moving averages, or sums as published first."""
+    root: Literal["eigh", "newton", "minimax"] = "eigh"
+    """How roots are computed."""
+    eps: float = 1e-6
+    """Added to the covariances, in parts of their size or as it is."""
+    damping: Literal["relative", "absolute"] = "relative"
+    """Which of the two."""
+    grafting: Literal["adam", "sgd", "none"] = "adam"
+    """Whose length the directions have."""
+    precondition_frequency: int = 10
+    """Steps between computations of the roots."""
+    block_size: int | None = 1024
+    """Longer sides are cut into equal parts; null cuts nothing."""
+    max_dim: int = 10000
+    """A side longer than this is not cut and has no root."""
+    preconditioner_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of statistics and roots."""
+
+
+@dataclass
+class JorgeConfig:
+    """jorge: inverse fourth roots by products alone; its momentum is optim.matrix.momentum."""
+
+    precondition_frequency: int = 1
+    """Steps between updates of the roots."""
+    eps: float | None = None
+    """Start of the covariances, 1e-6 as published; null fits it to the first gradient."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the state and of all products."""
+
+
 def gpt2_rules() -> list[Rule]:
     """Which optimizer each GPT-2 parameter goes to: the fused QKV counts as three square matrices."""
     return [
@@ -155,6 +235,12 @@ class OptimConfig:
 
     matrix: MatrixConfig = field(default_factory=MatrixConfig)
     """The hidden matrices."""
+    soap: SoapConfig = field(default_factory=SoapConfig)
+    """What soap, kl_soap and kl_shampoo add."""
+    shampoo: ShampooConfig = field(default_factory=ShampooConfig)
+    """What shampoo adds."""
+    jorge: JorgeConfig = field(default_factory=JorgeConfig)
+    """What jorge adds."""
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
     """All other parameters."""
     rules: list[Rule] = field(default_factory=gpt2_rules)

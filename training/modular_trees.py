@@ -34,7 +34,11 @@ POSITIONS = Bond("positions", lambda tokens: torch.arange(tokens.shape[-1], devi
 
 @modular_tree.register
 def gpt2_tree(model: GPT2, prefix: str = "") -> Module:
-    """The head is tied to the embedding, so it is measured by its largest output: see Head."""
+    """The tied head is measured by its largest output, so that its norm and the embedding's differ by a factor only.
+
+    That factor is the width: in a head of norm 1, rows have RMS 1/width. The norms that read them as embeddings divide
+    by as much, which makes the model as many times as sensitive to embeddings, those of positions included.
+    """
     config = model.config
     tokens = Embed(config.padded_vocab, config.width, name=f"{prefix}wte.weight")
     positions = Embed(config.context, config.width, name=f"{prefix}wpe.weight") @ POSITIONS

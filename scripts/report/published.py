@@ -8,6 +8,7 @@ from typing import Any
 
 from scripts.report.runs import Run
 from training.config import load_config, settings
+from training.optimizers import keys_read
 from training.run_directory import REPOSITORY
 
 CONFIG = "paper_gpt2_large_1B.yaml"
@@ -38,4 +39,6 @@ def _is_the_papers(found: dict[str, Any]) -> bool:
 
 @cache
 def _paper() -> dict[str, Any]:
-    return settings(load_config(REPOSITORY / "configs" / CONFIG))
+    found = settings(load_config(REPOSITORY / "configs" / CONFIG))
+    read = keys_read(found)
+    return {key: value for key, value in found.items() if read(key)}

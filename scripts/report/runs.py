@@ -15,11 +15,11 @@ from typing import Any
 
 from scripts.report.wandb_runs import Stored, read_exported, read_offline
 from training.config import ConfigError
+from training.optimizers import keys_read
 from training.run_directory import FINISHED, read_json, settings_of
 
 LR = "optim.matrix.lr"
 AVERAGED = {"seed", LR}  # what may differ between runs of one method
-READ_BY_ADAMW = {"optim.matrix.optimizer", "optim.matrix.weight_decay", LR}  # of the section optim.matrix
 NUMBERS = ("steps", "tokens", "train_seconds")
 SUMMARY = ("status", "seed", "val_loss", "bits_per_byte", *NUMBERS)
 
@@ -186,12 +186,11 @@ def _checked(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _relevant(settings: dict[str, Any]) -> dict[str, Any]:
-    """What the result depended on: AdamW reads three keys of optim.matrix."""
+    """What the result depended on."""
     if not _finite(settings[LR]) or settings[LR] <= 0:
         raise ConfigError(f"{LR} must be a positive number to be drawn on a logarithmic axis, got {settings[LR]!r}")
-    if _is_muon(settings) or settings["optim.matrix.optimizer"] != "adamw":
-        return settings
-    return {k: v for k, v in settings.items() if not k.startswith("optim.matrix.") or k in READ_BY_ADAMW}
+    read = keys_read(settings)
+    return {key: value for key, value in settings.items() if read(key)}
 
 
 def _is_muon(settings: Mapping[str, Any]) -> bool:

@@ -190,6 +190,63 @@ def test_states_of_any_shape_and_dtype():
     torch.testing.assert_close(optimizer.state[params[2]]["rows"], 2 * params[2].grad.view(2, 3, 2).sum(dim=2))
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_stacks_equal_separate_matrices(blocks):
+    """Eight experts in two layers, as one tensor."""
+    (experts,) = parameters([(2, 4, 6, 5)])
+    separate = [nn.Parameter(matrix.clone()) for matrix in experts.detach().view(8, 6, 5)]
+    options = {"lr": 0.1, "weight_decay": 0.2, "shape_scale": "spectral", "blocks": blocks}
+    whole, parts = Muon([{"params": [experts], "tensors": "stack"}], **options), Muon(separate, **options)
+    for step in range(3):
+        set_gradients([experts], step=step)
+        for p, grad in zip(separate, experts.grad.view(8, 6, 5), strict=True):
+            p.grad = grad.clone()
+        whole.step()
+        parts.step()
+    assert torch.equal(experts.view(8, 6, 5), torch.stack(separate))
+    assert whole.state[experts]["momentum_buffer"].shape == (8 * blocks, 6 // blocks, 5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_flattened_kernel_equals_a_matrix(layout):
+    (kernel,) = parameters([(6, 3, 2, 2)])
+    matrix = nn.Parameter(kernel.detach().reshape(6, 12))
+    kernel.data = kernel.data.to(memory_format=layout)
+    flat, plain = Muon([{"params": [kernel], "tensors": "flatten"}], lr=0.1), Muon([matrix], lr=0.1)
+    for step in range(3):
+        set_gradients([kernel], step=step)
+        matrix.grad = kernel.grad.reshape(6, 12)
+        flat.step()
+        plain.step()
+    assert torch.equal(kernel.reshape(6, 12), matrix)
+    assert kernel.is_contiguous(memory_format=layout)
+    assert flat.state[kernel]["momentum_buffer"].shape == (6, 12)
+
+
+def test_state_that_starts_as_the_identity():
+    class Whitened(RowSums):
+        def state_spec(self, m, n, group):
+            return {"basis": Spec((n, n), identity=True), "count": Spec((), torch.int64)}
+
+    params = [*parameters([(4, 3), (6, 2)]), *parameters([(5, 3)], dtype=torch.float64)]
+    optimizer = Whitened([{"params": [params[0], params[2]]}, {"params": [params[1]], "blocks": 2}])
+    assert torch.equal(optimizer.state[params[0]]["basis"], torch.eye(3))
+    assert torch.equal(optimizer.state[params[1]]["basis"], torch.eye(2).expand(2, 2, 2))
+    assert torch.equal(optimizer.state[params[2]]["basis"], torch.eye(3, dtype=torch.float64))
+
+
+def test_groups_count_their_steps_and_keep_the_count():
+    first, second = parameters([(4, 6), (4, 6)])
+    optimizer = Muon([("first", first)])
+    run(optimizer, [first], range(2))
+    optimizer.add_param_group({"params": [("second", second)]})
+    run(optimizer, [first, second], range(3))
+    assert [group["step"] for group in optimizer.param_groups] == [5, 3]
+    resumed = Muon([{"params": [("second", second)]}, {"params": [("first", first)]}])
+    resumed.load_state_dict(saved(optimizer))
+    assert [group["step"] for group in resumed.param_groups] == [3, 5]
+
+
 def test_step_never_waits_for_the_device():
     """Meta tensors have no values: whoever asked for one would raise."""
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in [(6, 4), (6, 4), (4, 8)]]
@@ -332,6 +389,8 @@ def split(state):
         (split, "into other groups"),
         (lambda s: s["param_groups"][0].update(momentum=1.5), "momentum must be .* not 1.5"),
         (lambda s: s["param_groups"][0].update(blocks=2), "blocks=2 for 'a' where this optimizer has blocks=1"),
+        (lambda s: s["param_groups"][0].update(tensors="stack"), "tensors=stack for 'a' .* has tensors=refuse"),
+        (lambda s: s["param_groups"][0].update(step=-1), "step must be .* not -1"),
         (lambda s: s["state"].pop("d"), "no state for 'd'; join .* all ranks"),
         (lambda s: s["state"]["d"].update(step=torch.zeros(())), r"state of 'd' must be \['momentum_buffer'\]"),
         (lambda s: put(s, "e", torch.zeros(2, 2)), r"'e' must have shape \(3, 12\), not \(2, 2\)"),
@@ -362,7 +421,7 @@ def test_refuses_a_state_that_does_not_fit_and_changes_nothing(damage, message):
     "parameter, message",
     [
         (torch.zeros(3), r"'w' of shape \(3,\) .* two dimensions"),
-        (torch.zeros(2, 3, 4), r"'w' of shape \(2, 3, 4\) .* two dimensions"),
+        (torch.zeros(2, 3, 4), r"'w' of shape \(2, 3, 4\) .* set tensors to stack or flatten"),
         (torch.zeros(0, 4), r"'w' of shape \(0, 4\) .* entry"),
         (torch.zeros(4, 4, dtype=torch.complex64), "'w' .* dense and real, not .*complex64"),
         (torch.zeros(4, 4).to_sparse(), "'w' .* dense and real, not torch.sparse_coo"),

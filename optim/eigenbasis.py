@@ -1,0 +1,222 @@
+"""One Kronecker factor of k gradient covariances: its statistic, its eigenbasis, and the refresh of that basis.
+
+S (n, n) is a moving average of rows rows^T. The columns of Q are an orthonormal estimate of its eigenvectors, and
+P = Q^T S Q is S as seen from there: nearly diagonal. Either of the two is stored. P is made for few bits: rounding it
+to bfloat16 changes each eigenvalue by its own thousandth, while rounding S changes all of them by a thousandth of the
+largest (arXiv 2605.26327).
+
+A refresh turns some of the basis vectors among themselves, Q[:, I] <- Q[:, I] O, and leaves the others: with I all of
+them and O from qr(P) it is the orthogonal iteration of SOAP, with fewer the subspace update of arXiv 2605.26327, with
+O the eigenvectors of P[I, I] a block Jacobi step. Whatever is indexed by the basis turns along, see Rotation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STORAGES = ("S", "P")
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No rounding of float32 products to TF32 within: it leaves a statistic of wide spectrum no small eigenvalue."""
+    matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [matmul.fp32_precision for matmul in matmuls]
+    for matmul in matmuls:
+        matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for matmul, precision in zip(matmuls, before, strict=True):
+            matmul.fp32_precision = precision
+
+
+def average(buffer: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+    """buffer <- (1 - weight) buffer + weight value, computed in the dtype of `value` and rounded once into the buffer.
+
+    Returns the average before rounding. `weight` broadcasts; where it is zero the buffer keeps its bits.
+    """
+    current = buffer.to(value.dtype)  # the buffer itself, unless it is stored in another dtype
+    current.lerp_(value, weight)
+    buffer.copy_(current)
+    return current
+
+
+# ---- which basis vectors ------------------------------------------------------------------------------------------
+
+
+def partition(p: Tensor, size: int, seed: int, turn: int) -> Tensor:
+    """Block number `turn` of random partitions of range(n) into blocks of `size`: (size,) for p (k, n, n).
+
+    Each ceil(n / size) consecutive turns cover everything and share one partition, a function of seed and turn alone;
+    then comes another. Fixed blocks would never rotate between blocks, so that the basis could not converge.
+    """
+    n = p.size(-1)
+    cycle, block = divmod(turn, math.ceil(n / size))
+    order = np.random.default_rng((seed, cycle)).permutation(n)
+    start = min(block * size, n - size)  # the last block is filled up from the one before
+    return torch.from_numpy(order[start : start + size]).to(p.device)
+
+
+def greedy(p: Tensor, size: int, seed: int, turn: int) -> Tensor:
+    """The rows of p (k, n, n) with most off-diagonal mass, sum_j p_ij^2 / (p_ii p_jj): (k, size)."""
+    p = _at_least_float32(p)
+    diagonal = p.diagonal(dim1=-2, dim2=-1).clamp(min=torch.finfo(p.dtype).tiny).rsqrt()
+    correlation = p * diagonal.unsqueeze(-1) * diagonal.unsqueeze(-2)
+    correlation.diagonal(dim1=-2, dim2=-1).zero_()
+    return correlation.square().sum(dim=-1).topk(size).indices
+
+
+RULES: dict[str, Callable[[Tensor, int, int, int], Tensor]] = {"partition": partition, "greedy": greedy}
+
+
+# ---- how they turn ------------------------------------------------------------------------------------------------
+
+
+def orthogonal_iteration(p: Tensor) -> Tensor:
+    """The orthogonal factor of p = O R with the diagonal of R positive, so that a diagonal p gives O = I."""
+    q, r = torch.linalg.qr(p)
+    return torch.where(r.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) < 0, -q, q)
+
+
+def eigenvectors(p: Tensor) -> Tensor:
+    """The eigenvectors of symmetric p (k, r, r) by descending eigenvalue; NaN where LAPACK fails, in float64 too."""
+    try:  # of -p, for the order; one triangle is read, so p is symmetric whatever its rounding errors
+        return torch.linalg.eigh(-p).eigenvectors
+    except torch.linalg.LinAlgError:
+        return torch.stack([_eigenvectors_in_double(single) for single in p])
+
+
+def _eigenvectors_in_double(p: Tensor) -> Tensor:
+    try:
+        return torch.linalg.eigh(-p.double()).eigenvectors.to(p.dtype)
+    except torch.linalg.LinAlgError:
+        return torch.full_like(p, math.nan)
+
+
+REFRESHES: dict[str, Callable[[Tensor], Tensor]] = {"qr": orthogonal_iteration, "eigh": eigenvectors}
+
+
+class Rotation(NamedTuple):
+    """Basis vectors turned among themselves: vector index[j] becomes sum_i matrix[i, j] * vector index[i].
+
+    A new vector takes the place of the old one of its rank, so that there is no order to be kept: what belonged to
+    the largest eigenvalue (its second moment, say) stays with it.
+    """
+
+    index: Tensor  # (k, r), by descending p_ii
+    matrix: Tensor  # (k, r, r), orthogonal
+
+    def turn(self, x: Tensor) -> None:
+        """Coordinates x (k, n, any), in place: rows index <- matrix^T rows."""
+        self._mix(x, self.matrix)
+
+    def transport(self, x: Tensor) -> None:
+        """Second moments of coordinates (k, n, any), in place, as if the coordinates were uncorrelated."""
+        self._mix(x, self.matrix.square())
+
+    def conjugate(self, p: Tensor) -> None:
+        """A symmetric p (k, n, n) in coordinates, in place: it stays symmetric to the bit, and entries outside rows and
+        columns index stay what they were."""
+        rows = self.matrix.mT @ p[self._rows].to(self.matrix.dtype)
+        block = rows.mT[self._rows].mT @ self.matrix
+        rows.mT[self._rows] = (block + block.mT) / 2
+        p[self._rows] = p.mT[self._rows] = rows.to(p.dtype)
+
+    @property
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        return torch.arange(len(self.index), device=self.index.device).unsqueeze(-1), self.index
+
+    def _mix(self, x: Tensor, weights: Tensor) -> None:
+        rows = x[self._rows].to(weights.dtype)
+        x[self._rows] = (weights.mT @ rows).to(x.dtype)
+
+
+def rotation(p: Tensor, index: Tensor, method: str, where: Tensor) -> tuple[Rotation, Tensor]:
+    """The rotation of the basis vectors `index` of p = Q^T S Q (k, n, n) by one step towards eigenvectors.
+
+    index: (k, r) or (r,), in any order. method: one of REFRESHES. where: (k,), which matrices take part.
+
+    Also returns (k,), which of them did: a matrix with a NaN or an infinity stays as it is. Orthogonal iteration
+    on a subspace needs its vectors by descending p_ii, or it stalls as soon as small ones come before large ones.
+    """
+    diagonal = p.diagonal(dim1=-2, dim2=-1)
+    index = index.expand(len(p), -1)
+    index = index.gather(-1, diagonal.gather(-1, index).argsort(dim=-1, descending=True, stable=True))
+    batch = torch.arange(len(p), device=p.device).view(-1, 1, 1)
+    block = _at_least_float32(p[batch, index.unsqueeze(-1), index.unsqueeze(-2)])
+    identity = torch.eye(index.size(-1), dtype=block.dtype, device=p.device)
+    sound = where & block.isfinite().all(dim=-1).all(dim=-1)
+    matrix = REFRESHES[method](block.where(sound.view(-1, 1, 1), identity))
+    sound = sound & matrix.isfinite().all(dim=-1).all(dim=-1)
+    return Rotation(index, matrix.where(sound.view(-1, 1, 1), identity)), sound
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """How a basis is refreshed: one step of `method` on a `fraction` of its vectors, chosen by `rule`."""
+
+    method: str = "qr"  # one of REFRESHES
+    fraction: float = 1.0
+    rule: str = "partition"  # one of RULES, where fraction < 1
+    seed: int = 0
+
+    def rotation(self, p: Tensor, turn: int, where: Tensor) -> tuple[Rotation, Tensor]:
+        """Refresh number `turn` of p (k, n, n); see `rotation`."""
+        n = p.size(-1)
+        size = min(n, max(2, round(self.fraction * n)))
+        index = RULES[self.rule](p, size, self.seed, turn) if size < n else torch.arange(n, device=p.device)
+        return rotation(p, index, self.method, where)
+
+
+# ---- the factor ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Eigenbasis:
+    """A Kronecker factor of each of k matrices: two tensors of any floating dtype, updated in place."""
+
+    statistic: Tensor  # (k, n, n), S or P
+    basis: Tensor  # (k, n, n), Q: eigenvectors in columns
+    storage: str  # one of STORAGES, says which
+
+    def accumulate(self, rows: Tensor, weight: Tensor) -> None:
+        """statistic <- (1 - weight) statistic + weight rows rows^T, with weight (k, 1, 1) and rows (k, n, any).
+
+        The rows are in the coordinates of the statistic: the original ones for S, those of the basis for P.
+        """
+        average(self.statistic, rows @ rows.mT, weight)
+
+    def coordinates(self) -> Tensor:
+        """P (k, n, n): as it is stored, or from S by two products, in float32 at least."""
+        if self.storage == "P":
+            return self.statistic
+        statistic = _at_least_float32(self.statistic)
+        basis = self.basis.to(statistic.dtype)
+        return basis.mT @ (statistic @ basis)
+
+    def refresh(self, refresh: Refresh, turn: int, where: Tensor) -> tuple[Rotation, Tensor]:
+        """Turns the bases of the matrices `where` (k,); returns the rotation, and which bases turned, (k,)."""
+        rotation, sound = refresh.rotation(self.coordinates(), turn, where)
+        rotation.turn(self.basis.mT)
+        if self.storage == "P":
+            rotation.conjugate(self.statistic)
+        return rotation, sound
+
+    def polish(self) -> None:
+        """One Newton-Schulz step, Q <- Q (3 I - Q^T Q) / 2: rounding Q after every refresh lets it drift from
+        orthonormality without bound, and this takes an error of e back to 3/4 e^2, and to one rounding."""
+        q = _at_least_float32(self.basis)
+        self.basis.copy_(torch.baddbmm(q, q, q.mT @ q, beta=1.5, alpha=-0.5))
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
