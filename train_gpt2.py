@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data.loader import EvalLoader, TrainLoader, prefetch
-from data.shards import DataError, TokenStream, verify
+from data.shards import DataError, Manifest, TokenStream, verify
 from data.tokenizers import tokenizer
 from model.gpt2 import GPT2
 from optim import RoutingError
@@ -64,7 +64,12 @@ class Text:
 
 
 def open_text(config: Config, rt: Runtime) -> Text:
+    """Open the tokens, or tell on all ranks what any of them finds wrong."""
     manifest = rt.on_main(lambda: verify(config.data.path))
+    return rt.together(lambda: _open_text(config, manifest, rt))
+
+
+def _open_text(config: Config, manifest: Manifest, rt: Runtime) -> Text:
     try:
         names = tokenizer(manifest.tokenizer)
     except ValueError as error:  # its vocabulary is not at hand
@@ -166,6 +171,10 @@ class Progress:
         return cls(**saved | {"evaluation": Evaluation(**evaluation) if evaluation else None})
 
 
+class LostDataError(Exception):
+    """Data that this rank, and perhaps no other, cannot read any more."""
+
+
 class Run:
     """One training run: its parts, and the loop over them. `place` says where it goes on, see training/resume.py."""
 
@@ -178,15 +187,17 @@ class Run:
         self.spikes = SpikeGuard(config.guard)
         self.started = time.perf_counter()
         self.lock = ExitStack()
-        found: Checkpoint | None
-        self.dir, found = rt.on_main(lambda: resume.begin(config, place, rt, self.lock))
+        self.dir, found, resumed = rt.on_main(lambda: resume.begin(config, place, rt, self.lock))
         position = self.restore(found) if found else 0
+        if resumed:
+            rt.on_main(lambda: resume.take_up(self.dir, found, rt))
         self.first_step = self.progress.step
         self.recent: deque[float] = deque(maxlen=50)  # seconds of the latest steps
         self.stop = StopRequest(rt)
         self.checkpoints = Checkpoints(self.dir, config.checkpoint, rt, found.path if found else None)
         path = self.dir / "metrics.jsonl" if rt.is_main else None
-        self.metrics = Metrics(path, config.train.steps, self.progress.step, position)
+        with run_directory.writing(self.dir):
+            self.metrics = Metrics(path, config.train.steps, self.progress.step, position)
         self.tracker = start_tracker(config, self.dir, rt.is_main)
         rt.print(self.introduction())
 
@@ -202,6 +213,12 @@ class Run:
                 self.save()
                 self.checkpoints.finish()
                 raise
+            except DataError as error:
+                raise LostDataError(error) from error
+            except DivergedError:  # on all ranks alike; what is being written is worth having
+                self.checkpoints.finish()
+                raise
+            self.checkpoints.finish()
 
     def take_steps(self) -> None:
         train, progress = self.config.train, self.progress
@@ -319,10 +336,18 @@ class Run:
     def restore(self, checkpoint: Checkpoint) -> int:
         """Put everything where it was; returns how many bytes of metrics.jsonl belong to the steps until then."""
         content = checkpoint.content
+        try:
+            self.progress = Progress.of(content["progress"])
+            self.spikes = SpikeGuard(self.config.guard, content["window"])
+            position = content["metrics_bytes"]
+            if not (isinstance(position, int) and position >= 0):
+                raise ValueError(f"metrics_bytes is {position!r}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path} does not say where its run stood: {error!r}"
+            ) from error
         restore_state(self.model, self.optimizers, checkpoint, self.rt)
-        self.progress = Progress.of(content["progress"])
-        self.spikes = SpikeGuard(self.config.guard, content["window"])
-        return content["metrics_bytes"]
+        return position
 
     # ---- what is said ------------------------------------------------------------------------------------------
 
@@ -490,7 +515,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if rt.is_main:
                 tell_result(run_dir, rt.device)
     except (ConfigError, DataError, RoutingError, CheckpointError) as error:
-        return tell(f"error: {error}", 2, alone=isinstance(error, DataError) and not hasattr(error, "of_rank_0"))
+        return tell(f"error: {error}", 2)
+    except LostDataError as error:
+        return tell(f"error: {error}", 2, alone=True)
     except FinishedError as error:
         return tell(f"{error.run} is {error.status} already; nothing to do", 0 if error.status == "completed" else 3)
     except Stopped as error:

@@ -112,7 +112,8 @@ class Shard:
     sha256: str
 
     def __post_init__(self):
-        if self.split not in SPLITS or not isinstance(self.tokens, int) or Path(self.file).name != self.file:
+        bare = Path(self.file).name == self.file and self.file.isprintable()
+        if self.split not in SPLITS or not isinstance(self.tokens, int) or not bare:
             raise ValueError(f"expected a bare file name, split train or val and a number of tokens, found {self}")
 
 
@@ -156,8 +157,9 @@ def load_manifest(directory: str | Path) -> Manifest:
         ) from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not a manifest ({error}); delete it and prepare the data again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} is not a manifest ({reason}); delete it and prepare the data again") from error
 
 
 def describe_shard(path: Path, split: str, tokenizer: str) -> Shard:

@@ -112,7 +112,7 @@ class Rotation(NamedTuple):
     the largest eigenvalue (its second moment, say) stays with it.
     """
 
-    index: Tensor  # (k, r), by descending p_ii
+    index: Tensor  # (k, r), ascending
     matrix: Tensor  # (k, r, r), orthogonal
 
     def turn(self, x: Tensor) -> None:
@@ -126,18 +126,20 @@ class Rotation(NamedTuple):
     def conjugate(self, p: Tensor) -> None:
         """A symmetric p (k, n, n) in coordinates, in place: it stays symmetric to the bit, and entries outside rows and
         columns index stay what they were."""
-        rows = self.matrix.mT @ p[self._rows].to(self.matrix.dtype)
-        block = rows.mT[self._rows].mT @ self.matrix
-        rows.mT[self._rows] = (block + block.mT) / 2
-        p[self._rows] = p.mT[self._rows] = rows.to(p.dtype)
+        rows = self.matrix.mT @ p[self._rows(p)].to(self.matrix.dtype)
+        block = rows.mT[self._rows(p)].mT @ self.matrix
+        rows.mT[self._rows(p)] = (block + block.mT) / 2
+        p[self._rows(p)] = p.mT[self._rows(p)] = rows.to(p.dtype)
 
-    @property
-    def _rows(self) -> tuple[Tensor, Tensor]:
+    def _rows(self, x: Tensor) -> tuple[Tensor, Tensor] | tuple[slice, slice]:
+        """What the rows `index` of x (k, n, any) are addressed by; all of them without a copy."""
+        if self.index.size(-1) == x.size(-2):
+            return slice(None), slice(None)
         return torch.arange(len(self.index), device=self.index.device).unsqueeze(-1), self.index
 
     def _mix(self, x: Tensor, weights: Tensor) -> None:
-        rows = x[self._rows].to(weights.dtype)
-        x[self._rows] = (weights.mT @ rows).to(x.dtype)
+        rows = x[self._rows(x)].to(weights.dtype)
+        x[self._rows(x)] = (weights.mT @ rows).to(x.dtype)
 
 
 def rotation(p: Tensor, index: Tensor, method: str, where: Tensor) -> tuple[Rotation, Tensor]:
@@ -149,15 +151,18 @@ def rotation(p: Tensor, index: Tensor, method: str, where: Tensor) -> tuple[Rota
     on a subspace needs its vectors by descending p_ii, or it stalls as soon as small ones come before large ones.
     """
     diagonal = p.diagonal(dim1=-2, dim2=-1)
-    index = index.expand(len(p), -1)
-    index = index.gather(-1, diagonal.gather(-1, index).argsort(dim=-1, descending=True, stable=True))
+    index = index.expand(len(p), -1).sort(dim=-1).values
+    ranking = diagonal.gather(-1, index).argsort(dim=-1, descending=True, stable=True)
+    ranked = index.gather(-1, ranking)
     batch = torch.arange(len(p), device=p.device).view(-1, 1, 1)
-    block = _at_least_float32(p[batch, index.unsqueeze(-1), index.unsqueeze(-2)])
+    block = _at_least_float32(p[batch, ranked.unsqueeze(-1), ranked.unsqueeze(-2)])
     identity = torch.eye(index.size(-1), dtype=block.dtype, device=p.device)
     sound = where & block.isfinite().all(dim=-1).all(dim=-1)
     matrix = REFRESHES[method](block.where(sound.view(-1, 1, 1), identity))
     sound = sound & matrix.isfinite().all(dim=-1).all(dim=-1)
-    return Rotation(index, matrix.where(sound.view(-1, 1, 1), identity)), sound
+    rank = ranking.argsort(dim=-1)
+    matrix = matrix.where(sound.view(-1, 1, 1), identity)[batch, rank.unsqueeze(-1), rank.unsqueeze(-2)]
+    return Rotation(index, matrix), sound
 
 
 @dataclass(frozen=True)

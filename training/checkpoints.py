@@ -15,6 +15,7 @@ the format of torch.distributed.checkpoint, whose index is a pickle: to load a s
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -101,7 +102,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} is damaged: cannot read {MANIFEST}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} is not valid JSON") from error
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if version != FORMAT:
@@ -119,11 +120,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def newest(run: Path, tell: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint of a run directory that is whole; `tell` hears a sentence for each one passed over."""
-    for path in reversed(published(run / FOLDER)):
+    paths = published(run / FOLDER)
+    while paths:
         try:
-            return read(path)
+            return read(paths.pop())
         except CheckpointError as error:
-            tell(f"{error}; using the one before")
+            tell(f"{error}; {'using the one before' if paths else 'none is left, so the run begins again'}")
     return None
 
 
@@ -255,7 +257,7 @@ def prepare(run: Path, begin: Checkpoint | None) -> None:
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for part in folder.glob("*.part"):
-        part.unlink() if part.is_symlink() else shutil.rmtree(part)
+        shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
     for path in published(folder):
         if begin is None or int(path.name.removeprefix("step_")) > begin.step:
             aside = path.with_name(path.name + ".aside")
@@ -266,7 +268,7 @@ def prepare(run: Path, begin: Checkpoint | None) -> None:
 def _prune(folder: Path, keep: CheckpointConfig, last: int) -> None:
     """Remove all checkpoints but the `last` newest, each keep_every steps, and the best where keep_best is set."""
     paths = published(folder)
-    kept = set(paths[len(paths) - last :])
+    kept = set(paths[max(0, len(paths) - last) :])
     if keep.keep_every:
         kept |= {path for path in paths if int(path.name.removeprefix("step_")) % keep.keep_every == 0}
     if keep.keep_best:
@@ -274,8 +276,9 @@ def _prune(folder: Path, keep: CheckpointConfig, last: int) -> None:
         kept |= {min(losses, key=losses.__getitem__)} if losses else set()
     for path in set(paths) - kept:
         shutil.rmtree(path, ignore_errors=True)
-    if not (folder / LATEST).exists():
-        (folder / LATEST).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        if not (folder / LATEST).exists():  # what it named is gone
+            (folder / LATEST).unlink()
 
 
 def _losses(paths: list[Path]) -> Iterator[tuple[Path, float]]:
@@ -290,17 +293,27 @@ def _attempt(action: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any] | Non
     """What `action` returns, or why it failed."""
     try:
         return action(), None
-    except (OSError, SafetensorError) as error:
-        return None, getattr(error, "strerror", None) or str(error)
+    except OSError as error:
+        return None, error.strerror or str(error)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], sync: Callable[[], None]) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(dict(tensors), path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    save_tensors(path, tensors)
     sync()
     return _describe(path)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that appears under its name when it is whole and on disk; raises OSError."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from error
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _write(path: Path, content: bytes) -> None:

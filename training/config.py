@@ -521,7 +521,16 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except OSError as error:
         known = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none"
         raise ConfigError(f"cannot read {path}: {error.strerror}; YAML files in that folder: {known}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (
+        yaml.YAMLError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
+        # of its syntax, its encoding, its depth, or of values such as !!int '' and 2001-13-45
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, found {type(values).__name__}")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from data.tokenizers import Tokenizer, tokenizer
 from model.generate import generate
 from model.gpt2 import GPT2, PRESETS, GPT2Config
+from training.checkpoints import save_tensors
 from training.config import Config, ConfigError, ModelConfig, SampleConfig, load_config
 from training.run_directory import config_of, read_json
 
@@ -30,9 +30,7 @@ def model_config(config: ModelConfig, vocab_size: int) -> GPT2Config:
 
 def save_weights(model: GPT2, run_dir: Path) -> None:
     """Write the weights whole or not at all."""
-    temporary = run_dir / (WEIGHTS + ".tmp")
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, temporary)
-    os.replace(temporary, run_dir / WEIGHTS)
+    save_tensors(run_dir / WEIGHTS, model.state_dict())
 
 
 def load_run(run_dir: str | Path, device: str | torch.device = "cpu") -> tuple[GPT2, Tokenizer, Config]:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from optim import Rule, route
+from training.checkpoints import save_tensors
 
 
 def matrix_gradients(model: nn.Module, rules: Sequence[Rule]) -> dict[str, Tensor]:
@@ -31,4 +31,4 @@ def save_gradients(model: nn.Module, rules: Sequence[Rule], run_dir: Path, step:
     """Write `matrix_gradients` into run_dir/gradients/step_NNNNNN.safetensors, with step and name of the run inside."""
     path = run_dir / "gradients" / f"step_{step:06d}.safetensors"
     path.parent.mkdir(exist_ok=True)
-    save_file(matrix_gradients(model, rules), path, {"step": str(step), "name": name})
+    save_tensors(path, matrix_gradients(model, rules), {"step": str(step), "name": name})

@@ -48,6 +48,9 @@ class Metrics:
         if not self._path:
             return
         self._pending += json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n"
+        self._flush()
+
+    def _flush(self) -> None:
         try:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
@@ -78,6 +81,7 @@ class Metrics:
     def close(self) -> None:
         self._bar.close()
         if self._path:
+            self._flush()
             self._file.close()
             self._path = None
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from training import checkpoints, run_directory
-from training.checkpoints import Checkpoint
+from training.checkpoints import Checkpoint, CheckpointError
 from training.config import PORTIONS, Config, ConfigError, differences, load_config, settings
 from training.metrics import warn
 from training.run_directory import FINISHED, config_of, read_json, settings_of
@@ -37,29 +38,43 @@ def split(place: str | Path) -> tuple[Path, Path | None]:
     return path, None
 
 
-def begin(config: Config, resume: str | None, rt: Runtime, held: ExitStack) -> tuple[Path, Checkpoint | None]:
-    """The run directory, locked until `held` is closed, and the checkpoint to go on from; called on rank 0.
+class Beginning(NamedTuple):
+    """The run directory, the checkpoint to go on from (None: the first step), and whether the run was there before."""
+
+    run: Path
+    checkpoint: Checkpoint | None
+    resumed: bool
+
+
+def begin(config: Config, resume: str | None, rt: Runtime, held: ExitStack) -> Beginning:
+    """Where the run begins, its directory locked until `held` is closed; called on rank 0.
 
     resume: None for a new run; `auto` for the run in run_dir, or for the latest in logs/NAME with these settings, or
-    else a new one; a run directory; or one of its checkpoints. Raises FinishedError if that run has its result, and
-    ConfigError or CheckpointError if it cannot be taken up.
+    else a new one; a run directory; or one of its checkpoints. Raises FinishedError if that run has its result (one
+    that diverged can be taken up from a checkpoint that is named), and ConfigError or CheckpointError if it cannot be
+    taken up. Nothing in the directory of an old run is changed yet, see take_up.
     """
     run, chosen = (_latest(config), None) if resume in (None, AUTO) else split(resume)
     if resume is None or run is None:
         run = run_directory.new_path(config)
         held.enter_context(run_directory.locked(run))
         run_directory.create(run, config, rt)
-        return run, None
+        return Beginning(run, None, resumed=False)
     held.enter_context(run_directory.locked(run))
     with suppress(ConfigError):
-        if (status := read_json(run / "summary.json", "status")["status"]) in FINISHED:
+        status = read_json(run / "summary.json", "status")["status"]
+        if status in FINISHED and not (chosen and status == "diverged"):
             raise FinishedError(run, status)
     found = checkpoints.read(chosen) if chosen else checkpoints.newest(run, warn)
     _require_same(run, config, found)
+    return Beginning(run, found, resumed=True)
+
+
+def take_up(run: Path, checkpoint: Checkpoint | None, rt: Runtime) -> None:
+    """Set aside what the run will do once more, and record that it goes on; called on rank 0, after the restore."""
     with run_directory.writing(run):
-        checkpoints.prepare(run, found)
-    run_directory.note_resumption(run, found.step if found else 0, rt)
-    return run, found
+        checkpoints.prepare(run, checkpoint)
+    run_directory.note_resumption(run, checkpoint.step if checkpoint else 0, rt)
 
 
 def _latest(config: Config) -> Path | None:
@@ -75,8 +90,11 @@ def _latest(config: Config) -> Path | None:
 
 def _require_same(run: Path, config: Config, checkpoint: Checkpoint | None) -> None:
     """Refuse to go on with another configuration or other tokens; tell of other code."""
-    theirs = settings(checkpoint.content["settings"]) if checkpoint else settings_of(run)
     where = checkpoint.path if checkpoint else run
+    saved = checkpoint.content.get("settings") if checkpoint else settings_of(run)
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"checkpoint {where} does not say what configuration it is of")
+    theirs = settings(saved)
     if changed := differences(settings(config), theirs):
         raise ConfigError(
             f"{where} has another configuration ({'; '.join(changed)}); give the same, or start a new run"

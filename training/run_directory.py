@@ -91,17 +91,17 @@ def locked(path: Path) -> Iterator[None]:
     """
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        file = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held over the block)
-    with file:
-        if not try_lock(file.fileno()):
-            file.seek(0)
-            holder = file.read().strip() or "another process"
+        descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not try_lock(descriptor):
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
             raise ConfigError(f"{path} is in use by {holder}; wait for it, or choose another run_dir")
         with suppress(OSError):  # the words are for people; a full disk need not stop a run here
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
-            file.flush()
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def note_resumption(path: Path, step: int, runtime: Runtime) -> None:
@@ -181,7 +181,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; has the run finished?") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     missing = [key for key in keys if key not in values] if isinstance(values, dict) else ["an object"]
     if missing:

@@ -64,14 +64,24 @@ class Runtime:
             dist.all_gather_object(values, value)
         return values
 
+    def together(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; if it fails on one, that error is raised on all."""
+        result, error = None, None
+        try:
+            result = action()
+        except Exception as failure:
+            error = failure
+        if found := [failure for failure in self.gather(error) if failure is not None]:
+            raise found[0]
+        return result
+
     def on_main(self, action: Callable[[], T]) -> T:
-        """Run `action` on rank 0 alone and give every rank its result, or its exception, marked as `of_rank_0`."""
+        """Run `action` on rank 0 alone and give every rank its result, or its exception."""
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = action()
             except Exception as error:
-                error.of_rank_0 = True
                 outcome[1] = error
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0)
@@ -100,9 +110,7 @@ def start(config: TrainConfig) -> Iterator[Runtime]:
     device = _device(config.device)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        wait = timedelta(minutes=config.hang_minutes)
-        dist.init_process_group(backend, timeout=wait, device_id=device if device.type == "cuda" else None)
+        _join(device, timedelta(minutes=config.hang_minutes))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     autocast = torch.bfloat16 if _use_bf16(config.precision, device) else None
@@ -123,6 +131,26 @@ def start(config: TrainConfig) -> Iterator[Runtime]:
             dist.destroy_process_group()
 
 
+def _join(device: torch.device, wait: timedelta) -> None:
+    """Join the other ranks.
+
+    After a restart torchrun hands out the store of the attempt before, where the addresses of dead ranks still stand
+    (pytorch#135712), hence the prefix. Over several nodes the count of restarts need not agree; there torchrun wants
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=wait,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: on a GPU a class of its own, in torch on the CPU only a text."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
@@ -133,10 +161,10 @@ def lost_rank(error: RuntimeError, config: TrainConfig) -> str | None:
 
     nccl's errors have a class of their own, gloo's only a text; nccl may also end the process itself, with a report.
     """
-    text = str(error)
-    if not isinstance(error, dist.DistError) and "gloo" not in text.lower():
+    text = str(error).lower()
+    if not isinstance(error, dist.DistError) and "gloo" not in text:
         return None
-    if "timed out" in text.lower() or "timeout" in text.lower():
+    if "connecting" not in text and ("timed out" in text or "timeout" in text):
         return (
             f"another rank did not answer for {config.hang_minutes:g} minutes (train.hang_minutes): it hangs, or is"
             " slower than that; raise the limit, or look at what that rank said last"

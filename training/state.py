@@ -49,8 +49,8 @@ def restore_state(model: nn.Module, optimizers: Optimizers, checkpoint: Checkpoi
         model.load_state_dict(weights)
         for label, optimizer in optimizers.items():
             _restore_optimizer(model, label, optimizer, checkpoint)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or repr(error)
         raise CheckpointError(f"checkpoint {checkpoint.path} is not of this model: {reason}") from error
     random = _select(checkpoint, f"random.{rt.rank}.")  # a rank that was not there then keeps its own
     if "cpu" in random:
@@ -66,17 +66,31 @@ def _restore_optimizer(model: nn.Module, label: str, optimizer: torch.optim.Opti
         name, part = key.rsplit("/", 1)
         saved.setdefault(name, {})[part] = tensor
     names = {p: name for name, p in model.named_parameters()}
-    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     packed = optimizer.state_dict()
     for group, values in zip(packed["param_groups"], checkpoint.content["options"][label], strict=True):
         group.update(values)
     if isinstance(optimizer, MatrixOptimizer):  # its state goes by name, those of torch by position
         packed["state"] = saved
     else:
-        packed["state"] = {position: saved[name] for position, name in enumerate(order) if name in saved}
-        if saved and saved.keys() != set(order):  # torch would go on with moments of zero
-            raise ValueError(f"the {label} state of {min(saved.keys() ^ set(order))} is missing or unknown")
+        packed["state"] = {i: saved[names[p]] for i, p in enumerate(params) if names[p] in saved}
+        _check_moments(label, saved, {names[p]: p for p in params})
     optimizer.load_state_dict(packed)
+
+
+def _check_moments(label: str, saved: Mapping[str, Mapping[str, Tensor]], params: Mapping[str, Tensor]) -> None:
+    """What torch does not: that all parameters have a state, or none yet, with the same parts in their shape."""
+    if not saved:
+        return
+    if strange := saved.keys() ^ params.keys():
+        raise ValueError(f"the {label} state of {min(strange)} is missing or unknown")
+    parts = set().union(*saved.values())
+    for name, state in saved.items():
+        if missing := parts - state.keys():
+            raise ValueError(f"the {label} state of {name} lacks {min(missing)}")
+        for part, tensor in state.items():
+            if tensor.ndim and tensor.shape != params[name].shape:
+                raise ValueError(f"{part} of {name} has shape {tuple(tensor.shape)}, not {tuple(params[name].shape)}")
 
 
 def _select(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,190 @@
+"""Where a run begins, by what is there already."""
+
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import resume, run_directory
+from training.checkpoints import CheckpointError, Checkpoints
+from training.config import CheckpointConfig, Config, ConfigError, load_config, settings
+from training.resume import FinishedError, begin, how_to_go_on, resumed_config, split
+from training.runtime import Runtime
+
+RT = Runtime(torch.device("cpu"), 0, 1, None, False)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    """In an empty folder, and without the archive of the source, which is not the point here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_directory, "_write_source", lambda path: None)
+
+
+@pytest.fixture
+def config(tiny):
+    """A configuration with changes; run_dir is null unless it is one of them."""
+    return lambda *changes: load_config(None, [*tiny, "run_dir=null", *changes])
+
+
+def start(config: Config, place: str | None = resume.AUTO) -> tuple[Path, int | None]:
+    """The run directory and the step of the checkpoint it goes on from, with the lock given back."""
+    with ExitStack() as held:
+        run, found = begin(config, place, RT, held)
+    return run, found and found.step
+
+
+def checkpoint(run: Path, config: Config, *steps: int) -> None:
+    writer = Checkpoints(run, CheckpointConfig(keep_last=9), RT)
+    for step in steps:
+        writer.save({"step": step, "val_loss": None, "settings": settings(config)}, {"x": torch.ones(2)}, bool)
+        writer.finish()
+
+
+def finish(run: Path, status: str) -> None:
+    run_directory.write_json(run / "summary.json", {"status": status})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# auto
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_auto_begins_goes_on_and_repeats_nothing(named, config, tmp_path):
+    ours = config(*([f"run_dir={tmp_path / 'here'}"] if named else []))
+    run, step = start(ours)
+    assert step is None and (run / "config.yaml").exists()
+    assert run == tmp_path / "here" if named else run.parent == Path("logs/tiny")
+    assert start(ours) == (run, None)  # cut off before its first checkpoint
+    checkpoint(run, ours, 3, 6)
+    assert start(ours) == (run, 6)
+    finish(run, "interrupted")
+    assert start(ours) == (run, 6)
+    assert not (run / "summary.json").exists() and len((run / "resumed.jsonl").read_text().splitlines()) == 3
+    for status in ("completed", "diverged"):
+        finish(run, status)
+        with pytest.raises(FinishedError) as caught:
+            start(ours)
+        assert (caught.value.run, caught.value.status) == (run, status)
+
+
+def test_auto_takes_the_latest_run_with_these_settings(config, monkeypatch):
+    moments = iter(f"20260101-00000{i}" for i in range(9))
+    monkeypatch.setattr(run_directory.time, "strftime", lambda form: next(moments) if "%Y%m%d" in form else "")
+    ours, other = config("train.log_every=3"), config("seed=1")
+    first, second = start(ours, None)[0], start(ours, None)[0]
+    third, step = start(other)
+    assert len({first, second, third}) == 3 and step is None
+    assert start(config())[0] == second  # what does not touch the result may differ
+    (second / "config.yaml").write_text("seed: [")
+    assert start(ours)[0] == first
+
+
+def test_auto_with_a_folder_that_holds_no_run_begins_one_there(config, tmp_path):
+    """As a process leaves it that was killed while it made the run directory."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "environment.json").write_text("{")
+    assert start(config(f"run_dir={tmp_path / 'here'}")) == (tmp_path / "here", None)
+
+
+def test_without_resume_a_run_is_never_gone_on_with(config, tmp_path):
+    ours = config(f"run_dir={tmp_path / 'here'}")
+    assert start(ours, None) == (tmp_path / "here", None)
+    with pytest.raises(ConfigError, match="already holds a run; go on with it by --resume"):
+        start(ours, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A place
+
+
+def test_a_run_and_a_checkpoint_in_it(config, tmp_path):
+    ours = config()
+    run = start(ours)[0]
+    checkpoint(run, ours, 3, 6, 9)
+    folder = run / "checkpoints"
+    assert start(ours, str(run)) == (run, 9)
+    assert start(ours, str(folder / "latest")) == (run, 9)
+    assert start(ours, str(folder / "step_00000006") + "/") == (run, 6)
+    assert start(ours, str(run)) == (run, 6)  # the later one is set aside
+    assert (folder / "step_00000009.aside").is_dir()
+    with pytest.raises(CheckpointError, match=r"step_00000099 is damaged: cannot read manifest.json"):
+        start(ours, str(folder / "step_00000099"))
+
+
+def test_a_place_that_is_no_run_is_told(tmp_path):
+    with pytest.raises(ConfigError, match=r"is not a run directory: it has no config.yaml"):
+        resumed_config(str(tmp_path), [])
+
+
+def test_the_configuration_of_a_run_that_was_moved(config, tmp_path):
+    run = start(config())[0]
+    moved = shutil.move(run, tmp_path / "moved")
+    assert resumed_config(str(moved), []).run_dir == str(moved)
+    assert resumed_config(str(moved / "checkpoints" / "latest"), ["seed=4"]).seed == 4
+    assert start(resumed_config(str(moved), []), str(moved)) == (moved, None)
+
+
+@pytest.mark.parametrize("place", ["run", "run/", "run/checkpoints/step_00000003", "run/checkpoints/step_00000003/"])
+def test_split(place):
+    run, chosen = split(place)
+    assert run == Path("run") and chosen == (Path("run/checkpoints/step_00000003") if "step" in place else None)
+
+
+@pytest.mark.parametrize(("ranks", "launch"), [(1, "python"), (8, "torchrun --standalone --nproc_per_node=8")])
+def test_how_to_go_on(ranks, launch):
+    assert how_to_go_on(Path("logs/a"), ranks) == f"{launch} train_gpt2.py --resume logs/a"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused, and what is only told
+
+
+def test_another_configuration_is_listed_against_the_checkpoint(config):
+    run = start(config())[0]
+    checkpoint(run, config("seed=3"), 3)
+    with pytest.raises(ConfigError, match=r"step_00000003 has another configuration \(seed: 3, not 0\)"):
+        start(config(), str(run))
+
+
+def test_without_a_checkpoint_it_is_listed_against_the_run(config):
+    run = start(config())[0]
+    expected = r"logs/tiny/[^/]* has another configuration \(optim.grad_clip: 1.0, not None; seed: 0, not 5\)"
+    with pytest.raises(ConfigError, match=expected):
+        start(config("seed=5", "optim.grad_clip=null"), str(run))
+
+
+def test_other_portions_are_told(config, capsys):
+    run = start(config())[0]
+    assert start(config("train.micro_batch=2"), str(run)) == (run, None)
+    assert "goes on with train.micro_batch=2; it had 8: equal up to rounding" in capsys.readouterr().err
+
+
+def test_other_tokens_are_refused(config, tokens, tmp_path):
+    copy = shutil.copytree(tokens, tmp_path / "tokens")
+    ours = config(f"data.path={copy}")
+    run = start(ours)[0]
+    (copy / "manifest.json").write_bytes((copy / "manifest.json").read_bytes() + b" ")
+    with pytest.raises(ConfigError, match=r"tokens has changed since the run began, see .*data_manifest.json"):
+        start(ours, str(run))
+
+
+def test_a_directory_in_use_is_refused_and_free_afterwards(config, tmp_path):
+    ours = config(f"run_dir={tmp_path / 'here'}")
+    for place in (None, resume.AUTO, str(tmp_path / "here")):
+        with run_directory.locked(tmp_path / "here"), pytest.raises(ConfigError, match="in use by process"):
+            start(ours, place)
+    assert start(ours) == (tmp_path / "here", None)
+
+
+def test_what_is_refused_leaves_everything_as_it_was(config):
+    run = start(config())[0]
+    checkpoint(run, config(), 3, 6)
+    (run / "checkpoints" / "step_00000009.part").mkdir()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(ConfigError):
+        start(config("seed=1"), str(run / "checkpoints" / "step_00000003"))
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"} == before
+    assert (run / "checkpoints" / "step_00000009.part").is_dir()
