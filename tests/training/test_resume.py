@@ -10,7 +10,7 @@ import torch
 from training import resume, run_directory
 from training.checkpoints import CheckpointError, Checkpoints
 from training.config import CheckpointConfig, Config, ConfigError, load_config, settings
-from training.resume import FinishedError, begin, how_to_go_on, resumed_config, split
+from training.resume import FinishedError, begin, how_to_go_on, resumed_config, split, take_up
 from training.runtime import Runtime
 
 RT = Runtime(torch.device("cpu"), 0, 1, None, False)
@@ -32,7 +32,9 @@ def config(tiny):
 def start(config: Config, place: str | None = resume.AUTO) -> tuple[Path, int | None]:
     """The run directory and the step of the checkpoint it goes on from, with the lock given back."""
     with ExitStack() as held:
-        run, found = begin(config, place, RT, held)
+        run, found, resumed = begin(config, place, RT, held)
+        if resumed:
+            take_up(run, found, RT)
     return run, found and found.step
 
 
@@ -188,3 +190,23 @@ def test_what_is_refused_leaves_everything_as_it_was(config):
         start(config("seed=1"), str(run / "checkpoints" / "step_00000003"))
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"} == before
     assert (run / "checkpoints" / "step_00000009.part").is_dir()
+
+
+def test_a_run_that_diverged_goes_on_from_a_checkpoint_that_is_named(config):
+    ours = config()
+    run, _ = start(ours)
+    checkpoint(run, ours, 3, 6)
+    finish(run, "diverged")
+    with pytest.raises(FinishedError):
+        start(ours, str(run))
+    assert start(ours, str(run / "checkpoints" / "step_00000003")) == (run, 3)
+    assert (run / "checkpoints" / "step_00000006.aside").is_dir()
+
+
+def test_nothing_is_set_aside_before_the_checkpoint_is_known_to_fit(config):
+    ours = config()
+    run, _ = start(ours)
+    checkpoint(run, ours, 3, 6)
+    with ExitStack() as held:
+        begin(ours, str(run / "checkpoints" / "step_00000003"), RT, held)
+    assert (run / "checkpoints" / "step_00000006").is_dir() and not (run / "resumed.jsonl").exists()
