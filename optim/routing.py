@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .matrix_optimizer import shape_scale
+from .matrix_optimizer import TENSORS, matrix_shape, shape_scale
 
 
 class RoutingError(ValueError):
@@ -27,6 +27,9 @@ class Rule:
     """Label of the optimizer, such as matrix or adamw."""
     blocks: int = 1
     """For a matrix optimizer: how many equal matrices are stacked by rows in the parameter (3 in a fused QKV)."""
+    tensors: str = "refuse"
+    """For a matrix optimizer: how a parameter of more dimensions is read, see MatrixOptimizer (stack for experts,
+    flatten for kernels of convolutions)."""
     lr_scale: float = 1.0
     """Factor on the learning rate of the optimizer."""
     weight_decay: float | None = None
@@ -37,6 +40,10 @@ class Rule:
             re.compile(self.pattern)
         except re.error as error:
             raise RoutingError(f"rule pattern {self.pattern!r} is not a regular expression: {error}") from None
+        if self.tensors not in TENSORS:
+            raise RoutingError(
+                f"rule {self.pattern!r}: tensors must be one of {', '.join(TENSORS)}, not {self.tensors!r}"
+            )
 
 
 class Route(NamedTuple):
@@ -75,7 +82,9 @@ def param_groups(routes: Iterable[Route], optimizer: str, lr: float, weight_deca
             options = {"lr": lr * rule.lr_scale, "weight_decay": decay}
             if rule.blocks != 1:
                 options["blocks"] = rule.blocks
-            groups.setdefault(tuple(options.values()), {"params": [], **options})["params"].append((name, parameter))
+            if rule.tensors != "refuse":
+                options["tensors"] = rule.tensors
+            groups.setdefault(tuple(options.items()), {"params": [], **options})["params"].append((name, parameter))
     return list(groups.values())
 
 
@@ -102,7 +111,7 @@ def routing_rows(
 ) -> list[dict[str, Any]]:
     """What the optimizers really do to each parameter they hold: name, shape, optimizer, scale, lr, weight_decay.
 
-    A parameter of several blocks has shape (blocks, m, n); `scale` is the shape scale, 1 where there is none.
+    A parameter that is several matrices has shape (count, m, n); `scale` is the shape scale, 1 where there is none.
     """
     groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
     held = {p: (optimizer, group) for optimizer, group in groups for p in group["params"]}
@@ -110,8 +119,10 @@ def routing_rows(
     for p, name in _names(named_parameters).items():
         if p in held:
             optimizer, group = held[p]
-            blocks = group.get("blocks", 1)
-            shape = (blocks, p.size(0) // blocks, p.size(1)) if blocks > 1 else tuple(p.shape)
+            shape = tuple(p.shape)
+            if p.ndim > 1:
+                m, n = matrix_shape(shape, group.get("blocks", 1), group.get("tensors", "refuse"))
+                shape = (p.numel() // (m * n), m, n) if p.numel() > m * n else (m, n)
             rows.append(
                 {
                     "name": name,

@@ -622,7 +622,12 @@ def settings(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     Takes a Config, or the sections of a resolved config.yaml, where a key younger than the file has its default.
     """
     flat = flatten(_plain(dataclasses.asdict(config))) if isinstance(config, Config) else _defaults() | flatten(config)
+    if isinstance(rules := flat["optim.rules"], list):
+        flat["optim.rules"] = [RULE_DEFAULTS | rule if isinstance(rule, dict) else rule for rule in rules]
     return {key: value for key, value in flat.items() if not key.startswith(BYSTANDERS)}
+
+
+RULE_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Rule) if f.default is not dataclasses.MISSING}
 
 
 @functools.cache

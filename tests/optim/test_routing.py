@@ -135,3 +135,22 @@ def test_rows_are_read_from_the_optimizers(model):
     assert rows["wte.weight"]["shape"] == (11, 4) and rows["wte.weight"]["scale"] == 1.0
     unblocked = Muon([("w", p := nn.Parameter(torch.zeros(12, 3)))], shape_scale="spectral")
     assert routing_rows([("w", p)], [unblocked])[0]["scale"] == 2.0
+
+
+@pytest.mark.parametrize(("tensors", "shape"), [("flatten", (8, 36)), ("stack", (32, 3, 3))])
+def test_kernels_and_experts_go_to_a_matrix_optimizer_as_the_rule_reads_them(tensors, shape):
+    model = nn.Conv2d(4, 8, 3, bias=False)
+    routes = route(model.named_parameters(), [Rule("weight", "matrix", tensors=tensors)])
+    muon = Muon(param_groups(routes, "matrix", 0.1, 0.0))
+    [row] = routing_rows(model.named_parameters(), [muon])
+    assert row["shape"] == shape
+    seen = []
+    muon.register_direction_hook(lambda names, found: seen.extend(d.shape for d in found))
+    model.weight.grad = torch.randn(8, 4, 3, 3)
+    muon.step()
+    assert len(seen) == (32 if tensors == "stack" else 1) and {tuple(s) for s in seen} == {shape[-2:]}
+
+
+def test_an_unknown_reading_of_tensors_is_refused():
+    with pytest.raises(RoutingError, match="tensors must be one of refuse, stack, flatten, not 'fold'"):
+        Rule("weight", "matrix", tensors="fold")

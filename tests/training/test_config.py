@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.config import Config, ConfigError, all_keys, key_help, load_config, to_yaml
+from training.config import Config, ConfigError, all_keys, key_help, load_config, settings, to_yaml
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 
@@ -132,3 +132,11 @@ def test_every_key_has_help_and_a_default():
             value = value[part]
         if not isinstance(value, dict):
             assert re.search(rf"^{re.escape(key)}: .+ = .+\n    \S.{{8}}", text, re.MULTILINE), key
+
+
+def test_a_rule_younger_than_a_run_has_its_default():
+    config = load_config(None)
+    older = yaml.safe_load(to_yaml(config))
+    for rule in older["optim"]["rules"]:
+        del rule["tensors"]
+    assert settings(older) == settings(config)
