@@ -199,7 +199,7 @@ def test_a_fingerprint_is_that_of_the_file_and_blind_to_names_and_logging(tmp_pa
 
 @pytest.mark.parametrize("path", sorted(Path("configs/sweeps").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_sweeps_that_come_along_can_be_read(path):
-    counts = {"quickstart": 32, "controlled": 180, "steps": 42, "gpu_hour": 60}
+    counts = {"quickstart": 32, "controlled": 180, "steps": 42, "gpu_hour": 60, "optimizers": 108, "bf16_arms": 108}
     counts |= {"paper_small_1B": 19, "paper_large_1B": 19, "controlled_small_1B": 162}
     assert len(expand(read_sweep(path))) == counts[path.stem]
 
