@@ -8,7 +8,7 @@ from torch import nn
 
 from optim.jorge import Jorge, jorge_from_sgd, jorge_start, jorge_update
 
-from .test_matrix_optimizer import clones, run, saved
+from .test_matrix_optimizer import clones, run
 from .test_muon import parameters, set_gradients
 
 DOUBLE = {"dtype": torch.float64}
@@ -270,32 +270,6 @@ def test_gradients_of_rank_one(eps):
         optimizer.step()
     assert params[0].isfinite().all()
     assert definiteness(optimizer.state[params[0]]["left_root"].double()) > 0
-
-
-def test_stack_equals_one_optimizer_a_parameter():
-    together, apart = parameters(), parameters()
-    options = {"precondition_frequency": 2, "weight_decay": 0.1, "lr": 0.05}
-    run(Jorge(together, **options), together, range(4))
-    singles = [Jorge([p], **options) for p in apart]
-    for step in range(4):
-        set_gradients(apart, step=step)
-        for single in singles:
-            single.step()
-    for p, q in zip(together, apart, strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
-
-
-def test_resumes_to_the_same_bits_between_updates():
-    params, copies = parameters(), parameters(seed=1)
-    options = {"precondition_frequency": 3, "state_dtype": torch.bfloat16}
-    optimizer, resumed = Jorge(params, **options), Jorge(copies, **options)
-    run(optimizer, params, range(5))
-    for p, q in zip(copies, params, strict=True):
-        p.data.copy_(q)
-    resumed.load_state_dict(saved(optimizer))
-    for o, ps in ((optimizer, params), (resumed, copies)):
-        run(o, ps, range(5, 9))
-    assert all(torch.equal(p, q) for p, q in zip(copies, params, strict=True))
 
 
 def test_size_of_the_state():
