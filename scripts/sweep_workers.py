@@ -275,8 +275,8 @@ class Workers:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the block by KeyboardInterrupt, once: what cleans up is not interrupted itself."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    """Signals to stop end the block by KeyboardInterrupt, once: what cleans up is not interrupted itself."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def interrupt(*_: object) -> None:
         for number in numbers:

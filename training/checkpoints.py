@@ -80,6 +80,8 @@ class Checkpoint:
 def read(path: Path) -> Checkpoint:
     """Read a checkpoint and compare every file with the manifest; raises CheckpointError."""
     manifest = _read_manifest(path)
+    if path.name != name_of(step := manifest["content"]["step"]):
+        raise CheckpointError(f"{path} holds the checkpoint of step {step}; give it back its name, {name_of(step)}")
 
     def check(item: tuple[str, dict[str, Any]]) -> None:
         name, expected = item

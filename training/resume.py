@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,8 @@ class FinishedError(Exception):
 def resumed_config(place: str, given: list[str]) -> Config:
     """The configuration of the run at `place`, a run directory or a checkpoint in it, with overrides."""
     run, _ = split(place)
+    if any(text.startswith("run_dir=") for text in given):
+        raise ConfigError(f"--resume goes on in {run} itself; leave run_dir out")
     return load_config(config_of(run), [*given, f"run_dir={run}"])
 
 
@@ -114,4 +117,4 @@ def _require_same(run: Path, config: Config, checkpoint: Checkpoint | None) -> N
 def how_to_go_on(run: Path, world_size: int) -> str:
     """The command that takes the run up again."""
     launch = "python" if world_size == 1 else f"torchrun --standalone --nproc_per_node={world_size}"
-    return f"{launch} train_gpt2.py --resume {run}"
+    return f"{launch} train_gpt2.py --resume {shlex.quote(str(run))}"

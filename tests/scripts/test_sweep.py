@@ -285,7 +285,9 @@ def is_alive(ledger: Path) -> list[bool]:
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
-@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, "hang"), (signal.SIGTERM, "deaf")])
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGINT, "hang"), (signal.SIGTERM, "deaf"), (signal.SIGUSR1, "hang")]
+)
 def test_a_stopped_sweep_leaves_nothing_running_and_goes_on_later(
     write, tmp_path, fake, act, capfd, monkeypatch, number, kind
 ):

@@ -210,3 +210,13 @@ def test_nothing_is_set_aside_before_the_checkpoint_is_known_to_fit(config):
     with ExitStack() as held:
         begin(ours, str(run / "checkpoints" / "step_00000003"), RT, held)
     assert (run / "checkpoints" / "step_00000006").is_dir() and not (run / "resumed.jsonl").exists()
+
+
+def test_resume_takes_no_other_directory(config):
+    run, _ = start(config())
+    with pytest.raises(ConfigError, match=r"goes on in .* itself; leave run_dir out"):
+        resumed_config(str(run), ["run_dir=elsewhere"])
+
+
+def test_the_command_that_goes_on_can_be_pasted():
+    assert how_to_go_on(Path("logs/a b"), 1).endswith("--resume 'logs/a b'")
