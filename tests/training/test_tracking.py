@@ -1,13 +1,11 @@
 """wandb as a guest: absent, refusing or breaking, it never stops a run. The package itself is used where installed."""
 
 import builtins
-import json
 import sys
 import types
 
 import pytest
 
-from scripts.report.wandb_runs import read_offline
 from training.config import load_config
 from training.tracking import NoTracker, WandbTracker, start_tracker
 
@@ -84,24 +82,3 @@ def test_offline_run_of_the_real_package(monkeypatch, tmp_path):
     tracker.log(1, "train", {"loss": 1.0})
     tracker.finish({"val_loss": 1.0})
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-
-
-def test_an_offline_run_taken_up_again_is_the_same_run_and_whole(monkeypatch, tmp_path):
-    """wandb cannot go on with an offline run, and `wandb sync` keeps one of two with the same id."""
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    records = [{"kind": "val", "step": step, "loss": 4.0 - step} for step in range(3)]
-    tracker = start_tracker(config(), tmp_path, True)
-    for record in records[:2]:
-        tracker.log(record["step"], "val", {"loss": record["loss"]})
-    tracker.finish({})
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[:2]))
-    tracker = start_tracker(config(), tmp_path, True)
-    tracker.log(2, "val", {"loss": 2.0})
-    tracker.finish({})
-    name = (tmp_path / "wandb_id.txt").read_text().strip()
-    [old] = tmp_path.glob("wandb/superseded-*")
-    [new] = tmp_path.glob("wandb/offline-run-*")
-    assert old.name.endswith(name) and new.name.endswith(name)
-    found = read_offline(new / f"run-{name}.wandb").records["val"]
-    assert {step: record["loss"] for step, record in found.items()} == {0: 4.0, 1: 3.0, 2: 2.0}
