@@ -188,7 +188,7 @@ class Run:
         self.started = time.perf_counter()
         self.lock = ExitStack()
         self.dir, found, resumed = rt.on_main(lambda: resume.begin(config, place, rt, self.lock))
-        position = self.restore(found) if found else 0
+        position = rt.together(lambda: self.restore(found)) if found else 0
         if resumed:
             rt.on_main(lambda: resume.take_up(self.dir, found, rt))
         self.first_step = self.progress.step

@@ -295,8 +295,8 @@ def _attempt(action: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any] | Non
     """What `action` returns, or why it failed."""
     try:
         return action(), None
-    except OSError as error:
-        return None, error.strerror or str(error)
+    except (OSError, MemoryError, RuntimeError) as error:  # whatever it is, the other ranks wait for the outcome
+        return None, getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], sync: Callable[[], None]) -> dict[str, Any]:

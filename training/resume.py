@@ -110,7 +110,11 @@ def _require_same(run: Path, config: Config, checkpoint: Checkpoint | None) -> N
             f"{config.data.path} has changed since the run began, see {run / run_directory.DATA_MANIFEST}; bring the"
             " tokens back, or start a new run"
         )
-    for note in run_directory.changes_since(run):
+    try:
+        notes = run_directory.changes_since(run)
+    except ConfigError as error:  # a damaged archive of the source is no reason to lose the run
+        notes = [f"whether the code has changed is not known: {error}"]
+    for note in notes:
         warn(note.removeprefix("note: "))
 
 

@@ -89,7 +89,7 @@ def start_tracker(config: Config, run_dir: Path, enabled: bool) -> NoTracker:
 def _run_id(run_dir: Path) -> str:
     """The id of the run for wandb, made once; what an earlier process wrote offline under it is set aside."""
     path = run_dir / "wandb_id.txt"
-    if not path.exists():
+    if not path.exists() or not path.read_text(encoding="utf-8").strip():  # or cut off while it was written
         path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
     name = path.read_text(encoding="utf-8").strip()
     for old in run_dir.glob(f"wandb/offline-run-*-{name}"):

@@ -220,3 +220,11 @@ def test_resume_takes_no_other_directory(config):
 
 def test_the_command_that_goes_on_can_be_pasted():
     assert how_to_go_on(Path("logs/a b"), 1).endswith("--resume 'logs/a b'")
+
+
+def test_a_damaged_archive_of_the_source_is_only_told(config, capsys):
+    ours = config()
+    run, _ = start(ours)
+    (run / "source.zip").write_bytes(b"not a zip")
+    assert start(ours) == (run, None)
+    assert "whether the code has changed is not known" in capsys.readouterr().err
