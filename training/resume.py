@@ -7,6 +7,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from training import checkpoints, run_directory
 from training.checkpoints import Checkpoint, CheckpointError
 from training.config import PORTIONS, Config, ConfigError, differences, load_config, settings
@@ -70,6 +72,8 @@ def begin(config: Config, resume: str | None, rt: Runtime, held: ExitStack) -> B
             raise FinishedError(run, status)
     found = checkpoints.read(chosen) if chosen else checkpoints.newest(run, warn)
     _require_same(run, config, found)
+    if found:
+        _tell_surroundings(found, rt)
     return Beginning(run, found, resumed=True)
 
 
@@ -116,6 +120,13 @@ def _require_same(run: Path, config: Config, checkpoint: Checkpoint | None) -> N
         notes = [f"whether the code has changed is not known: {error}"]
     for note in notes:
         warn(note.removeprefix("note: "))
+
+
+def _tell_surroundings(checkpoint: Checkpoint, rt: Runtime) -> None:
+    """What is not the configuration's and still makes for other rounding."""
+    for what, now in (("torch", torch.__version__), ("world_size", rt.world_size)):
+        if (before := checkpoint.content.get(what, now)) != now:
+            warn(f"the run goes on with {what}={now}; it had {before}: equal up to rounding")
 
 
 def how_to_go_on(run: Path, world_size: int) -> str:

@@ -228,3 +228,15 @@ def test_a_damaged_archive_of_the_source_is_only_told(config, capsys):
     (run / "source.zip").write_bytes(b"not a zip")
     assert start(ours) == (run, None)
     assert "whether the code has changed is not known" in capsys.readouterr().err
+
+
+def test_another_torch_or_number_of_ranks_is_told(config, capsys):
+    ours = config()
+    run, _ = start(ours)
+    writer = Checkpoints(run, CheckpointConfig(), RT)
+    content = {"step": 3, "val_loss": None, "settings": settings(ours), "torch": "1.0", "world_size": 4}
+    writer.save(content, {"x": torch.ones(2)}, bool)
+    writer.finish()
+    assert start(ours) == (run, 3)
+    told = capsys.readouterr().err
+    assert "it had 1.0: equal up to rounding" in told and "with world_size=1; it had 4" in told
