@@ -134,11 +134,15 @@ def newest(run: Path, tell: Callable[[str], None]) -> Checkpoint | None:
 def published(folder: Path) -> list[Path]:
     """The checkpoints in a folder by step, unread."""
     found = [path for path in folder.glob("step_*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
 
 
 def name_of(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,7 +160,7 @@ class Checkpoints:
     def __init__(self, run: Path, keep: CheckpointConfig, rt: Runtime, last: Path | None = None) -> None:
         self.folder, self.keep, self.rt = run / FOLDER, keep, rt
         self.last = last  # the newest that was published, as rank 0 knows it
-        self.step = int(last.name.removeprefix("step_")) if last else None  # the newest that was begun
+        self.step = step_of(last) if last else None  # the newest that was begun
         self._threads = ThreadPoolExecutor(1, "checkpoint")
         self._copies: dict[str, Tensor] = {}  # reused: allocating and pinning them costs more than the copy
         self._content: dict[str, Any] = {}
@@ -261,7 +265,7 @@ def prepare(run: Path, begin: Checkpoint | None) -> None:
     for part in folder.glob("*.part"):
         shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
     for path in published(folder):
-        if begin is None or int(path.name.removeprefix("step_")) > begin.step:
+        if begin is None or step_of(path) > begin.step:
             aside = path.with_name(path.name + ".aside")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
@@ -272,7 +276,7 @@ def _prune(folder: Path, keep: CheckpointConfig, last: int) -> None:
     paths = published(folder)
     kept = set(paths[max(0, len(paths) - last) :])
     if keep.keep_every:
-        kept |= {path for path in paths if int(path.name.removeprefix("step_")) % keep.keep_every == 0}
+        kept |= {path for path in paths if step_of(path) % keep.keep_every == 0}
     if keep.keep_best:
         losses = dict(_losses(paths))
         kept |= {min(losses, key=losses.__getitem__)} if losses else set()
