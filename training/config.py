@@ -92,7 +92,8 @@ class MatrixConfig:
     lr: float = 0.02
     """Peak learning rate of the hidden matrices."""
     weight_decay: float = 0.0
-    """Decoupled decay, p -= lr * weight_decay * p, with the learning rate before any shape scale."""
+    """Decoupled decay, p -= lr * weight_decay * p, with the learning rate before any shape scale; sgd adds it to the
+    gradient, as it always has."""
     orthogonalizer: str = "polar_express"
     """The map to the polar factor: svd, qdwh, zolo_pd, or a schedule; `python -m scripts.schedules` describes them."""
     steps: int | None = None
