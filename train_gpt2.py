@@ -556,4 +556,4 @@ def tell(sentence: str, code: int = 0, *, alone: bool = False) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runtime.leave(main())

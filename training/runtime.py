@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -106,7 +106,7 @@ class Runtime:
 
 @contextmanager
 def start(config: TrainConfig) -> Iterator[Runtime]:
-    """Join the ranks, choose device and precision, and leave the process group in the end."""
+    """Join the ranks, choose device and precision, and take the process group apart at a good end (else see `leave`)."""
     device = _device(config.device)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
@@ -124,11 +124,22 @@ def start(config: TrainConfig) -> Iterator[Runtime]:
         compile=device.type == "cuda" if config.compile == "auto" else config.compile,
     )
     runtime.print(describe(runtime))
-    try:
-        yield runtime
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+    yield runtime
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End the process. A rank ends at once, and its process group with it.
+
+    To take the group apart after an error could last for ever: an error holds on to DDP, which with the group's last
+    reference joins the threads of gloo while it holds Python's lock, and they may wait for that (pytorch#56297).
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _join(device: torch.device, wait: timedelta) -> None:

@@ -95,7 +95,7 @@ def _train(arguments: list[str], out: Connection, err: Connection, fault: Fault,
 
     torch.set_num_threads(1)
     fault()
-    sys.exit(train_gpt2.main(arguments))
+    train_gpt2.runtime.leave(train_gpt2.main(arguments))
 
 
 def _read(pipe: Connection) -> str:

@@ -111,7 +111,7 @@ def test_one_rank_goes_on_with_what_two_began(settings, tmp_path, reference_of_t
 
 
 TRAINER = """
-import os, signal, sys, torch, train_gpt2
+import os, signal, torch, train_gpt2
 from functools import partial
 from tests.faults.harness import at_step, kill, wait_for
 
@@ -122,7 +122,7 @@ def stop_torchrun(run):
 torch.set_num_threads(1)
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     at_step(7, {"kill": partial(kill, signal.SIGKILL), "stop": stop_torchrun}[os.environ["DISTURB"]])
-sys.exit(train_gpt2.main())
+train_gpt2.runtime.leave(train_gpt2.main())
 """
 
 
