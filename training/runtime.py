@@ -106,7 +106,7 @@ class Runtime:
 
 @contextmanager
 def start(config: TrainConfig) -> Iterator[Runtime]:
-    """Join the ranks, choose device and precision, and take the process group apart at a good end (else see `leave`)."""
+    """Join the ranks, choose device and precision, and at a good end leave the process group (see `leave`)."""
     device = _device(config.device)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
