@@ -15,7 +15,7 @@ import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import deque
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from data.tokenizers import tokenizer
 from model.gpt2 import GPT2
 from optim import RoutingError
 from training import guard, mfu, resume, run_directory, runtime
-from training.checkpoints import Checkpoint, CheckpointError, Checkpoints
+from training.checkpoints import Checkpoint, CheckpointError, Checkpoints, step_of
 from training.config import Config, ConfigError, key_help, load_config, settings, to_yaml
 from training.evaluation import Evaluation, evaluate
 from training.finished_run import load_run, model_config, sample_text, save_weights
@@ -178,8 +178,8 @@ class LostDataError(Exception):
 class Run:
     """One training run: its parts, and the loop over them. `place` says where it goes on, see training/resume.py."""
 
-    def __init__(self, config: Config, rt: Runtime, place: str | None = None) -> None:
-        self.config, self.rt = config, rt
+    def __init__(self, config: Config, rt: Runtime, place: str | None, stop: StopRequest) -> None:
+        self.config, self.rt, self.stop = config, rt, stop
         self.text = open_text(config, rt)
         self.model, self.parallel = build_model(config, self.text.vocab_size, rt)
         self.optimizers = build_optimizers(self.model, config.optim, compile=rt.compile)
@@ -193,8 +193,7 @@ class Run:
             rt.on_main(lambda: resume.take_up(self.dir, found, rt))
         self.first_step = self.progress.step
         self.recent: deque[float] = deque(maxlen=50)  # seconds of the latest steps
-        self.stop = StopRequest(rt)
-        self.checkpoints = Checkpoints(self.dir, config.checkpoint, rt, found.path if found else None)
+        self.checkpoints = Checkpoints(self.dir, config.checkpoint, rt, found.path if resumed and found else None)
         path = self.dir / "metrics.jsonl" if rt.is_main else None
         with run_directory.writing(self.dir):
             self.metrics = Metrics(path, config.train.steps, self.progress.step, position)
@@ -206,19 +205,20 @@ class Run:
 
         Raises Stopped, with the run saved, when any rank is asked to stop.
         """
-        with stop_request(self.rt) as self.stop:
-            try:
-                self.take_steps()
-            except Stopped:
-                self.save()
-                self.checkpoints.finish()
-                raise
-            except DataError as error:
-                raise LostDataError(error) from error
-            except DivergedError:  # on all ranks alike; what is being written is worth having
-                self.checkpoints.finish()
-                raise
+        try:
+            if self.progress.step:
+                self.save()  # a run that branched off has no checkpoint of its own yet
+            self.take_steps()
+        except Stopped:
+            self.save()
             self.checkpoints.finish()
+            raise
+        except DataError as error:
+            raise LostDataError(error) from error
+        except DivergedError:  # on all ranks alike; what is being written is worth having
+            self.checkpoints.finish()
+            raise
+        self.checkpoints.finish()
 
     def take_steps(self) -> None:
         train, progress = self.config.train, self.progress
@@ -246,6 +246,7 @@ class Run:
         found = None
         if values.get("skipped"):
             progress.skipped += 1
+            self.metrics.say(f"step {step + 1}: a spike, the update is skipped ({guard.told(values)})")
             self.model.zero_grad(set_to_none=True)
         else:
             inspect = train.inspect_every > 0 and (step + 1) % train.inspect_every == 0
@@ -275,10 +276,10 @@ class Run:
             self.checkpoints.publish()
         # every rank holds the same reduced gradient, so the same norm
         loss, norm_value = total / self.config.train.batch_tokens, norms / self.rt.world_size
-        guard.require_finite(self.model, loss, norm_value, step, lr, self.checkpoints.told)
+        guard.require_finite(self.model, loss, norm_value, step, lr)
         scores = self.spikes.scores(loss, norm_value)
         values = {"loss": loss, "grad_norm": norm_value, **scores}
-        if self.spikes.skips(step, scores, self.checkpoints.told):
+        if self.spikes.skips(step, scores):
             return values | {"skipped": True}
         if self.rt.is_main and step in self.config.train.save_gradients_at:
             save_gradients(self.model, self.config.optim.rules, self.dir, step, self.config.name)
@@ -298,7 +299,7 @@ class Run:
         # a look at the stop request after as many batches as a training step has
         stop = (self.stop.check, self.text.train.micro_steps)
         found = evaluate(self.parallel, self.text.val, self.text.token_bytes, self.rt, *stop)
-        guard.require_finite_evaluation(found.loss, progress.step, self.checkpoints.told)
+        guard.require_finite_evaluation(found.loss, progress.step)
         best = progress.best_val_loss is None or found.loss < progress.best_val_loss
         progress.evaluation, progress.evaluated = found, progress.step
         progress.best_val_loss = found.loss if best else progress.best_val_loss
@@ -309,9 +310,8 @@ class Run:
 
     def save_if_due(self, new_best: bool) -> None:
         keep, step = self.config.checkpoint, self.progress.step
-        if step < self.config.train.steps and (
-            (keep.every and step % keep.every == 0) or (keep.keep_best and new_best)
-        ):
+        in_turn = keep.every and step % keep.every == 0 and step < self.config.train.steps  # the end has its weights
+        if in_turn or (keep.keep_best and new_best):
             self.save()
 
     def save(self) -> None:
@@ -319,7 +319,7 @@ class Run:
         progress = self.progress
         if self.checkpoints.step == progress.step:
             return
-        guard.require_finite_weights(self.model, progress.step, self.checkpoints.told)
+        guard.require_finite_weights(self.model, progress.step)
         content = {
             "step": progress.step,
             "val_loss": progress.evaluation.loss if progress.evaluated == progress.step else None,
@@ -327,9 +327,8 @@ class Run:
             "window": list(self.spikes.window),
             "metrics_bytes": self.metrics.position,
             "options": options(self.optimizers),
-            "world_size": self.rt.world_size,
-            "torch": torch.__version__,
             "settings": settings(self.config),
+            **resume.surroundings(self.rt),
         }
         self.checkpoints.save(content, gather_state(self.model, self.optimizers, self.rt), self.metrics.sync)
 
@@ -411,7 +410,21 @@ class Run:
             "tokenizer": self.text.tokenizer,
             "source": self.text.source,
             "conventions": conventions(self.config.optim),
+            "parent": run_directory.parent_of(self.dir),
+            "go_on": self.how_to_go_on() if status == "interrupted" else None,
         }
+
+    def how_to_go_on(self) -> str:
+        return resume.how_to_go_on(self.dir, self.rt.world_size)
+
+    def farewell(self, error: Stopped | DivergedError) -> str:
+        """The last words of a run that was stopped or diverged: what is kept of it, and how it can go on."""
+        step, last, told = self.progress.step, self.checkpoints.last, self.checkpoints.told
+        if isinstance(error, DivergedError):
+            branch = f"; to go on from it with other settings: --resume {told} run_dir=NEW key=value" if last else ""
+            return f"{error}; last checkpoint: {told}{branch}"
+        unsaved = "" if not self.rt.is_main or (last and step_of(last) == step) else ", which could not be saved"
+        return f"after step {step}{unsaved}; checkpoint: {told}; go on with: {self.how_to_go_on()}"
 
     def finish(self, status: str) -> None:
         """Keep the result: the weights of a completed run, the summary of every run."""
@@ -428,23 +441,18 @@ class Run:
 
 def train(config: Config, rt: Runtime, place: str | None = None) -> Path:
     """Train to the end and keep the result; a run that fails leaves a summary that says how. Returns its directory."""
-    run = Run(config, rt, place)
-    status = "failed"
-    try:
-        run.train()
-        status = "completed"
-    except DivergedError:
-        status = "diverged"
-        raise
-    except Stopped as stopped:
-        status = "interrupted"
-        last, go_on = run.checkpoints.told, resume.how_to_go_on(run.dir, rt.world_size)
-        raise Stopped(f"after step {run.progress.step}; checkpoint: {last}; go on with: {go_on}") from stopped
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    finally:
-        run.finish(status)
+    with stop_request(rt) as stop:
+        run = Run(config, rt, place, stop)
+        try:
+            run.train()
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+            with suppress(ConfigError):  # what ended the run is the news, not that its directory cannot be written
+                run.finish("diverged" if isinstance(error, DivergedError) else status)
+            if isinstance(error, Stopped | DivergedError):
+                raise type(error)(run.farewell(error)) from error
+            raise
+        run.finish("completed")
     return run.dir
 
 

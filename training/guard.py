@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ class DivergedError(RuntimeError):
     """The run cannot go on: its numbers are not finite, or spiked; raised on every rank alike."""
 
 
-def require_finite(model: nn.Module, loss: float, norm: float, step: int, lr: float, checkpoint: str) -> None:
+def require_finite(model: nn.Module, loss: float, norm: float, step: int, lr: float) -> None:
     """Raise DivergedError unless the global loss and gradient norm are finite.
 
     Both must already be reduced over the ranks, so that all of them decide alike. The gradients must not be clipped
@@ -32,22 +32,22 @@ def require_finite(model: nn.Module, loss: float, norm: float, step: int, lr: fl
     layer = next((name for name, grad in gradients if not grad.isfinite().all()), "none")
     raise DivergedError(
         f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}, learning rate {lr:.3g}, first layer with a non-finite"
-        f" gradient: {layer}; training stopped before this update; last checkpoint: {checkpoint}"
+        f" gradient: {layer}; training stopped before this update"
     )
 
 
-def require_finite_evaluation(loss: float, step: int, checkpoint: str) -> None:
+def require_finite_evaluation(loss: float, step: int) -> None:
     """Raise DivergedError unless the validation loss is finite: the last update may have broken the weights."""
     if not math.isfinite(loss):
-        raise DivergedError(f"step {step}: validation loss {loss:.4g}; last checkpoint: {checkpoint}")
+        raise DivergedError(f"step {step}: validation loss {loss:.4g}")
 
 
-def require_finite_weights(model: nn.Module, step: int, checkpoint: str) -> None:
+def require_finite_weights(model: nn.Module, step: int) -> None:
     """Raise DivergedError if the update left a weight that is not finite: no checkpoint may hold it."""
     finite = torch.stack([p.isfinite().all() for p in model.parameters()])
     if not finite.all():
         layer = [name for name, _ in model.named_parameters()][int(finite.long().argmin())]
-        raise DivergedError(f"step {step}: the update left {layer} non-finite; last checkpoint: {checkpoint}")
+        raise DivergedError(f"step {step}: the update left {layer} non-finite")
 
 
 class SpikeGuard:
@@ -73,17 +73,21 @@ class SpikeGuard:
         self.window.append((loss, norm))
         return found
 
-    def skips(self, step: int, scores: dict[str, float], checkpoint: str) -> bool:
+    def skips(self, step: int, scores: dict[str, float]) -> bool:
         """Whether the update is to be left out; raises DivergedError where a spike is to stop the run."""
         if self.config.on_spike == "keep" or max(scores.values(), default=0.0) <= self.config.threshold:
             return False
         if self.config.on_spike == "skip":
             return True
-        told = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
         raise DivergedError(
-            f"step {step}: a spike ({told}, guard.threshold={self.config.threshold:g}); training stopped before this"
-            f" update; last checkpoint: {checkpoint}"
+            f"step {step}: a spike ({told(scores)}, guard.threshold={self.config.threshold:g}); training stopped before"
+            " this update"
         )
+
+
+def told(values: Mapping[str, float]) -> str:
+    """The scores among `values`, for a message."""
+    return ", ".join(f"{name} {values[name]:.1f}" for name in ("loss_z", "grad_norm_z") if name in values)
 
 
 def _score(value: float, window: tuple[float, ...]) -> float:

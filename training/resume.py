@@ -1,19 +1,24 @@
-"""Where a run begins: in a new directory, or in its own again at the newest checkpoint that is whole (--resume)."""
+"""Where a run begins: in a new directory, or in its own again at the newest checkpoint that is whole (--resume).
+
+Or in a new directory at a checkpoint of another run, with other settings: it branches off.
+"""
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from training import checkpoints, run_directory
+from training import checkpoints, run_directory, runtime
 from training.checkpoints import Checkpoint, CheckpointError
 from training.config import PORTIONS, Config, ConfigError, differences, load_config, settings
 from training.metrics import warn
-from training.run_directory import FINISHED, config_of, read_json, settings_of
+from training.run_directory import FINISHED, config_of, parent_of, read_json, settings_of
 from training.runtime import Runtime
 
 AUTO = "auto"
@@ -29,10 +34,13 @@ class FinishedError(Exception):
 
 def resumed_config(place: str, given: list[str]) -> Config:
     """The configuration of the run at `place`, a run directory or a checkpoint in it, with overrides."""
-    run, _ = split(place)
-    if any(text.startswith("run_dir=") for text in given):
-        raise ConfigError(f"--resume goes on in {run} itself; leave run_dir out")
-    return load_config(config_of(run), [*given, f"run_dir={run}"])
+    run, chosen = split(place)
+    elsewhere = any(text.startswith("run_dir=") for text in given)
+    if elsewhere and not chosen:
+        raise ConfigError(
+            f"--resume {run} goes on in that directory; leave run_dir out, or name the checkpoint to branch off from"
+        )
+    return load_config(config_of(run), given if elsewhere else [*given, f"run_dir={run}"])
 
 
 def split(place: str | Path) -> tuple[Path, Path | None]:
@@ -44,7 +52,10 @@ def split(place: str | Path) -> tuple[Path, Path | None]:
 
 
 class Beginning(NamedTuple):
-    """The run directory, the checkpoint to go on from (None: the first step), and whether the run was there before."""
+    """The run directory, the checkpoint to go on from (None: the first step), and whether the run was there before.
+
+    A checkpoint for a run that was not there before is that of another run.
+    """
 
     run: Path
     checkpoint: Checkpoint | None
@@ -55,11 +66,14 @@ def begin(config: Config, resume: str | None, rt: Runtime, held: ExitStack) -> B
     """Where the run begins, its directory locked until `held` is closed; called on rank 0.
 
     resume: None for a new run; `auto` for the run in run_dir, or for the latest in logs/NAME with these settings, or
-    else a new one; a run directory; or one of its checkpoints. Raises FinishedError if that run has its result (one
-    that diverged can be taken up from a checkpoint that is named), and ConfigError or CheckpointError if it cannot be
-    taken up. Nothing in the directory of an old run is changed yet, see take_up.
+    else a new one; a run directory; or one of its checkpoints, where a run_dir that is another directory makes a
+    branch. Raises FinishedError if that run has its result (one that diverged can be taken up from a checkpoint that is
+    named), and ConfigError or CheckpointError if it cannot be taken up. Nothing in the directory of an old run is
+    changed yet, see take_up.
     """
     run, chosen = (_latest(config), None) if resume in (None, AUTO) else split(resume)
+    if chosen and config.run_dir and Path(config.run_dir).resolve() != run.resolve():
+        return _branch(config, chosen, rt, held)
     if resume is None or run is None:
         run = run_directory.new_path(config)
         held.enter_context(run_directory.locked(run))
@@ -77,6 +91,20 @@ def begin(config: Config, resume: str | None, rt: Runtime, held: ExitStack) -> B
     return Beginning(run, found, resumed=True)
 
 
+def _branch(config: Config, chosen: Path, rt: Runtime, held: ExitStack) -> Beginning:
+    """A new run that goes on from a checkpoint of another one. Its first checkpoint makes it independent of that."""
+    parent, run = chosen.parent.parent, Path(config.run_dir)
+    found = checkpoints.read(chosen)
+    _require_tokens(parent, config)
+    held.enter_context(run_directory.locked(run))
+    run_directory.create(run, config, rt, parent=found.path)
+    with run_directory.writing(run), suppress(FileNotFoundError):
+        shutil.copyfile(parent / "metrics.jsonl", run / "metrics.jsonl")
+    for change in differences(settings(config), _settings_in(found)):
+        warn(f"the run branches off from {found.path} with {change}")
+    return Beginning(run, found, resumed=False)
+
+
 def take_up(run: Path, checkpoint: Checkpoint | None, rt: Runtime) -> None:
     """Set aside what the run will do once more, and record that it goes on; called on rank 0, after the restore."""
     with run_directory.writing(run):
@@ -90,7 +118,7 @@ def _latest(config: Config) -> Path | None:
         return Path(config.run_dir) if Path(config.run_dir, "config.yaml").exists() else None
     for path in sorted(Path("logs", config.name).glob("*/config.yaml"), reverse=True):
         with suppress(ConfigError):  # a damaged one is none
-            if not differences(settings(config), settings_of(path.parent)):
+            if not differences(settings(config), settings_of(path.parent)) and not parent_of(path.parent):
                 return path.parent
     return None
 
@@ -98,22 +126,16 @@ def _latest(config: Config) -> Path | None:
 def _require_same(run: Path, config: Config, checkpoint: Checkpoint | None) -> None:
     """Refuse to go on with another configuration or other tokens; tell of other code."""
     where = checkpoint.path if checkpoint else run
-    saved = checkpoint.content.get("settings") if checkpoint else settings_of(run)
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"checkpoint {where} does not say what configuration it is of")
-    theirs = settings(saved)
+    theirs = _settings_in(checkpoint) if checkpoint else settings_of(run)
     if changed := differences(settings(config), theirs):
         raise ConfigError(
-            f"{where} has another configuration ({'; '.join(changed)}); give the same, or start a new run"
+            f"{where} has another configuration ({'; '.join(changed)}); give the same, or start a new run, or branch"
+            " off with --resume CHECKPOINT run_dir=NEW"
         )
     for key in PORTIONS:
         if settings(config)[key] != theirs[key]:
             warn(f"the run goes on with {key}={settings(config)[key]}; it had {theirs[key]}: equal up to rounding")
-    if not run_directory.same_tokens(run, config.data.path):
-        raise ConfigError(
-            f"{config.data.path} has changed since the run began, see {run / run_directory.DATA_MANIFEST}; bring the"
-            " tokens back, or start a new run"
-        )
+    _require_tokens(run, config)
     try:
         notes = run_directory.changes_since(run)
     except ConfigError as error:  # a damaged archive of the source is no reason to lose the run
@@ -122,14 +144,48 @@ def _require_same(run: Path, config: Config, checkpoint: Checkpoint | None) -> N
         warn(note.removeprefix("note: "))
 
 
+def _require_tokens(run: Path, config: Config) -> None:
+    if not run_directory.same_tokens(run, config.data.path):
+        raise ConfigError(
+            f"{config.data.path} has changed since the run began, see {run / run_directory.DATA_MANIFEST}; bring the"
+            " tokens back, or start a new run"
+        )
+
+
+def _settings_in(checkpoint: Checkpoint) -> dict[str, Any]:
+    saved = checkpoint.content.get("settings")
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"checkpoint {checkpoint.path} does not say what configuration it is of")
+    return settings(saved)
+
+
+def surroundings(rt: Runtime) -> dict[str, Any]:
+    """What is not the configuration's, or left open by it (`auto`), and still makes for other rounding."""
+    return {
+        "torch": torch.__version__,
+        "world_size": rt.world_size,
+        "device": runtime.device_name(rt.device),
+        "autocast": str(rt.autocast),
+    }
+
+
 def _tell_surroundings(checkpoint: Checkpoint, rt: Runtime) -> None:
-    """What is not the configuration's and still makes for other rounding."""
-    for what, now in (("torch", torch.__version__), ("world_size", rt.world_size)):
+    for what, now in surroundings(rt).items():
         if (before := checkpoint.content.get(what, now)) != now:
             warn(f"the run goes on with {what}={now}; it had {before}: equal up to rounding")
 
 
 def how_to_go_on(run: Path, world_size: int) -> str:
-    """The command that takes the run up again."""
-    launch = "python" if world_size == 1 else f"torchrun --standalone --nproc_per_node={world_size}"
-    return f"{launch} train_gpt2.py --resume {shlex.quote(str(run))}"
+    """The command that takes the run up again, started as it was."""
+    return f"{_launcher(world_size)} train_gpt2.py --resume {shlex.quote(str(run))}"
+
+
+def _launcher(world_size: int) -> str:
+    """From what torchrun tells its ranks; where several nodes meet, it does not say."""
+    if world_size == 1:
+        return "python"
+    nodes, restarts = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    here = os.environ.get("LOCAL_WORLD_SIZE", world_size)
+    meeting = "--standalone" if nodes == "1" else f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT"
+    again = f" --max-restarts={restarts}" if restarts != "0" else ""
+    return f"torchrun {meeting} --nproc_per_node={here}{again}"

@@ -39,17 +39,19 @@ DATA_MANIFEST = "data_manifest.json"
 PACKAGES = ("torch", "numpy", "tiktoken", "triton", "wandb", "datasets")
 
 
-def create(path: Path, config: Config, runtime: Runtime) -> None:
+def create(path: Path, config: Config, runtime: Runtime, parent: Path | None = None) -> None:
     """Write down in a new run directory what the run is made from; called on rank 0, with the directory locked.
 
-    Raises ConfigError when it already holds a run or cannot be written.
+    parent: the checkpoint of another run that it goes on from. Raises ConfigError when the directory already holds a
+    run or cannot be written.
     """
     if (path / "config.yaml").exists():
         raise ConfigError(
             f"{path} already holds a run; go on with it by --resume {path}, choose another run_dir or remove it"
         )
     with writing(path):
-        write_json(path / "environment.json", _environment(runtime))
+        origin = {"parent": str(parent.resolve())} if parent else {}
+        write_json(path / "environment.json", _environment(runtime) | origin)
         _write_source(path)
         (path / DATA_MANIFEST).write_bytes(Path(config.data.path, "manifest.json").read_bytes())
         write_text(path / "config.yaml", to_yaml(config))  # last: a directory without it was cut off while it was made
@@ -120,6 +122,13 @@ def config_of(run: str | Path) -> Path:
     return path
 
 
+def parent_of(run: str | Path) -> str | None:
+    """The checkpoint of another run that this one went on from with other settings, if it did."""
+    with suppress(ConfigError):
+        return read_json(Path(run) / "environment.json").get("parent")
+    return None
+
+
 def settings_of(run: str | Path) -> dict[str, Any]:
     """All that the result of a run depended on, by dotted key: a hundred times faster than `load_config`."""
     return settings(read_mapping(config_of(run)))
@@ -143,6 +152,8 @@ def changes_since(run: str | Path) -> list[str]:
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             notes.append(f"note: {changed[0]}{more} changed since the run, whose source lies in {run / 'source.zip'}")
+    if parent := parent_of(run):
+        notes.append(f"note: the run went on from {parent}: done once more it begins at the first step")
     path = Path(load_config(config_of(run)).data.path)
     if not same_tokens(run, path):
         made_from = run / DATA_MANIFEST

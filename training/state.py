@@ -34,10 +34,9 @@ def gather_state(model: nn.Module, optimizers: Optimizers, rt: Runtime) -> dict[
 
 
 def options(optimizers: Optimizers) -> dict[str, list[dict[str, Any]]]:
-    """The options of every group that are plain values, such as the number of steps taken, for the manifest."""
-    plain = (bool, int, float, str)
+    """What steps change in the options of every group, for the manifest: their number. The rest is configuration."""
     return {
-        label: [{k: v for k, v in group.items() if isinstance(v, plain)} for group in optimizer.param_groups]
+        label: [{k: v for k, v in group.items() if k == "step"} for group in optimizer.param_groups]
         for label, optimizer in optimizers.items()
     }
 
@@ -45,8 +44,7 @@ def options(optimizers: Optimizers) -> dict[str, list[dict[str, Any]]]:
 def restore_state(model: nn.Module, optimizers: Optimizers, checkpoint: Checkpoint, rt: Runtime) -> None:
     """Put model, optimizers and random numbers where they were; raises CheckpointError if they do not fit."""
     try:
-        weights = _select(checkpoint, "model.")
-        model.load_state_dict(weights)
+        model.load_state_dict(weights(checkpoint))
         for label, optimizer in optimizers.items():
             _restore_optimizer(model, label, optimizer, checkpoint)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -91,6 +89,11 @@ def _check_moments(label: str, saved: Mapping[str, Mapping[str, Tensor]], params
         for part, tensor in state.items():
             if tensor.ndim and tensor.shape != params[name].shape:
                 raise ValueError(f"{part} of {name} has shape {tuple(tensor.shape)}, not {tuple(params[name].shape)}")
+
+
+def weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The state_dict of the model in a checkpoint, on the CPU."""
+    return _select(checkpoint, "model.")
 
 
 def _select(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:

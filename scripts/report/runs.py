@@ -177,6 +177,8 @@ def _checked(summary: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"it ended as {status!r}, without a result")
     if status == "completed" and type(loss) not in (int, float):
         raise ConfigError(f"its summary says completed and gives {loss!r} as its validation loss")
+    if summary.get("parent"):
+        raise ConfigError(f"it branched off from {summary['parent']}, so it is no run of its settings alone")
     if type(seed) is not int or not all(_finite(summary[key]) for key in NUMBERS):
         raise ConfigError("its summary holds something else than numbers for seed, steps, tokens or train_seconds")
     completed = status == "completed" and math.isfinite(loss)

@@ -17,29 +17,29 @@ def linear_stack():
 
 
 def test_finite_numbers_pass():
-    require_finite(linear_stack(), 1.0, 2.0, 3, 0.1, "none")
+    require_finite(linear_stack(), 1.0, 2.0, 3, 0.1)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_message_names_step_layer_lr_and_checkpoint(bad):
+def test_message_names_step_layer_and_lr(bad):
     model = linear_stack()
     model[1].weight.grad[0, 0] = bad
-    with pytest.raises(DivergedError, match=r"step 7.*learning rate 0.1.*gradient: 1.weight.*last checkpoint: ck/7"):
-        require_finite(model, 1.0, bad, 7, 0.1, "ck/7")
+    with pytest.raises(DivergedError, match=r"step 7.*learning rate 0.1.*gradient: 1.weight;"):
+        require_finite(model, 1.0, bad, 7, 0.1)
 
 
 def test_non_finite_loss_alone_is_enough():
-    with pytest.raises(DivergedError, match=r"loss nan.*gradient: none.*last checkpoint: none"):
-        require_finite(linear_stack(), math.nan, 1.0, 7, 0.1, "none")
+    with pytest.raises(DivergedError, match=r"loss nan.*gradient: none;"):
+        require_finite(linear_stack(), math.nan, 1.0, 7, 0.1)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_named(bad):
     model = linear_stack()
-    require_finite_weights(model, 7, "ck/5")
+    require_finite_weights(model, 7)
     model[1].bias.data[1] = bad
-    with pytest.raises(DivergedError, match=r"step 7: the update left 1.bias non-finite; last checkpoint: ck/5"):
-        require_finite_weights(model, 7, "ck/5")
+    with pytest.raises(DivergedError, match=r"step 7: the update left 1.bias non-finite$"):
+        require_finite_weights(model, 7)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,16 +98,16 @@ SPIKE = [{"loss_z": 6.5, "grad_norm_z": 0.0}, {"loss_z": -9.0, "grad_norm_z": 6.
 
 @pytest.mark.parametrize("scores", SPIKE)
 def test_what_follows_from_a_spike(scores):
-    assert not SpikeGuard(GuardConfig(on_spike="keep")).skips(7, scores, "ck")
-    assert SpikeGuard(GuardConfig(on_spike="skip")).skips(7, scores, "ck")
-    with pytest.raises(DivergedError, match=r"step 7: a spike \(.*_z 6.5.*guard.threshold=6\).*last checkpoint: ck"):
-        SpikeGuard(GuardConfig(on_spike="stop")).skips(7, scores, "ck")
+    assert not SpikeGuard(GuardConfig(on_spike="keep")).skips(7, scores)
+    assert SpikeGuard(GuardConfig(on_spike="skip")).skips(7, scores)
+    with pytest.raises(DivergedError, match=r"step 7: a spike \(.*_z 6.5.*guard.threshold=6\)"):
+        SpikeGuard(GuardConfig(on_spike="stop")).skips(7, scores)
 
 
 @pytest.mark.parametrize("on_spike", ["keep", "skip", "stop"])
 @pytest.mark.parametrize("scores", [{}, {"loss_z": 6.0, "grad_norm_z": -60.0}])
 def test_at_the_threshold_below_it_and_without_scores_nothing_follows(on_spike, scores):
-    assert not SpikeGuard(GuardConfig(on_spike=on_spike)).skips(7, scores, "ck")
+    assert not SpikeGuard(GuardConfig(on_spike=on_spike)).skips(7, scores)
 
 
 def test_the_window_travels_through_json():

@@ -135,8 +135,23 @@ def test_split(place):
     assert run == Path("run") and chosen == (Path("run/checkpoints/step_00000003") if "step" in place else None)
 
 
-@pytest.mark.parametrize(("ranks", "launch"), [(1, "python"), (8, "torchrun --standalone --nproc_per_node=8")])
-def test_how_to_go_on(ranks, launch):
+TWO_NODES = {"GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_MAX_RESTARTS": "3"}
+LAUNCHES = {
+    "python": (1, {}),
+    "torchrun --standalone --nproc_per_node=8": (8, {}),
+    "torchrun --standalone --nproc_per_node=8 --max-restarts=2": (8, {"TORCHELASTIC_MAX_RESTARTS": "2"}),
+    "torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT --nproc_per_node=4 --max-restarts=3": (
+        8,
+        TWO_NODES,
+    ),
+}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_how_to_go_on(launch, monkeypatch):
+    ranks, environment = LAUNCHES[launch]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     assert how_to_go_on(Path("logs/a"), ranks) == f"{launch} train_gpt2.py --resume logs/a"
 
 
@@ -212,9 +227,9 @@ def test_nothing_is_set_aside_before_the_checkpoint_is_known_to_fit(config):
     assert (run / "checkpoints" / "step_00000006").is_dir() and not (run / "resumed.jsonl").exists()
 
 
-def test_resume_takes_no_other_directory(config):
+def test_a_run_goes_on_in_no_other_directory_but_from_a_checkpoint(config):
     run, _ = start(config())
-    with pytest.raises(ConfigError, match=r"goes on in .* itself; leave run_dir out"):
+    with pytest.raises(ConfigError, match=r"goes on in that directory; leave run_dir out, or name the checkpoint to"):
         resumed_config(str(run), ["run_dir=elsewhere"])
 
 
@@ -240,3 +255,73 @@ def test_another_torch_or_number_of_ranks_is_told(config, capsys):
     assert start(ours) == (run, 3)
     told = capsys.readouterr().err
     assert "it had 1.0: equal up to rounding" in told and "with world_size=1; it had 4" in told
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Branches
+
+
+def branch(place: Path, changes: list[str]) -> tuple[Path, int]:
+    """The new run directory and the step it begins at, with the lock given back."""
+    with ExitStack() as held:
+        run, found, resumed = begin(resumed_config(str(place), changes), str(place), RT, held)
+    assert not resumed
+    return run, found.step
+
+
+def test_a_branch_has_a_directory_and_settings_of_its_own_and_names_its_parent(config, capsys, tmp_path):
+    ours, new = config(), tmp_path / "new"
+    run, _ = start(ours)
+    checkpoint(run, ours, 3, 6)
+    finish(run, "diverged")
+    (run / "metrics.jsonl").write_text("one\n")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+    place = run / "checkpoints" / "step_00000003"
+    assert branch(place, [f"run_dir={new}", "optim.matrix.lr=0.5"]) == (new, 3)
+    assert (
+        capsys.readouterr().err == f"warning: the run branches off from {place} with optim.matrix.lr: 0.02, not 0.5\n"
+    )
+    assert run_directory.parent_of(new) == str(place.resolve()) and run_directory.parent_of(run) is None
+    assert (new / "metrics.jsonl").read_text() == "one\n"
+    assert load_config(new / "config.yaml").optim.matrix.lr == 0.5
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
+    assert any("went on from" in note for note in run_directory.changes_since(new))
+
+
+def test_a_branch_into_a_run_or_with_other_tokens_is_refused(config, tokens, tmp_path):
+    ours = config()
+    (run, _), (other, _) = start(ours), start(config("seed=1"))
+    checkpoint(run, ours, 3)
+    place = run / "checkpoints" / "step_00000003"
+    with pytest.raises(ConfigError, match="already holds a run"):
+        branch(place, [f"run_dir={other}"])
+    copy = shutil.copytree(tokens, tmp_path / "tokens")
+    (copy / "manifest.json").write_bytes((copy / "manifest.json").read_bytes() + b" ")
+    with pytest.raises(ConfigError, match="tokens has changed since the run began"):
+        branch(place, [f"run_dir={tmp_path / 'new'}", f"data.path={copy}"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_auto_takes_no_branch_for_a_run_of_its_settings(config):
+    ours = config("seed=7")
+    run, _ = start(config())
+    checkpoint(run, config(), 3)
+    branch(run / "checkpoints" / "step_00000003", ["run_dir=logs/tiny/99999999-branch", "seed=7"])
+    assert start(ours)[0].name != "99999999-branch"
+
+
+@pytest.mark.parametrize(
+    ("key", "then"), [("torch", "2.1.0"), ("world_size", 8), ("device", "H100"), ("autocast", "torch.bfloat16")]
+)
+def test_other_surroundings_are_told(key, then, config, capsys):
+    ours = config()
+    run, _ = start(ours)
+    writer = Checkpoints(run, CheckpointConfig(), RT)
+    content = {"step": 3, "val_loss": None, "settings": settings(ours), **resume.surroundings(RT), key: then}
+    writer.save(content, {"x": torch.ones(2)}, bool)
+    writer.finish()
+    start(ours)
+    now = resume.surroundings(RT)[key]
+    assert (
+        capsys.readouterr().err == f"warning: the run goes on with {key}={now}; it had {then}: equal up to rounding\n"
+    )
