@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scripts.report.effects import Effect, effects
 from scripts.report.points import (
     Curves,
     Point,
@@ -55,7 +56,8 @@ class Findings:
     methods: list[Method]
     target: float | None
     verdict: list[Comparison]
-    held_out_verdict: list[Comparison]  # the same with each seed's learning rate chosen without it
+    effects: list[Effect]  # of single settings, where methods form a grid
+    held_out_verdict: list[Comparison]  # the verdict with each seed's learning rate chosen without it
     rule: str | None
     published: dict[str, dict[float, float]]
 
@@ -97,6 +99,7 @@ def find(reading: Reading, target: float | None, difference: float, rule: str | 
         methods=methods,
         target=target,
         verdict=compare_all(chosen, difference),
+        effects=effects(best[:MOST], difference),
         held_out_verdict=compare_all(unchosen, difference),
         rule=rule,
         published=published_for(reading.runs),

@@ -59,7 +59,11 @@ def write_page(folder: Path, findings: Findings, title: str) -> None:
         pictures=[p for p in shown if not p.name.startswith("loss_vs_lr")],
         best=tables.best(findings),
         verdict=verdict if findings.verdict else [],
-        more=[table for table in (tables.speed(findings), tables.sensitivity(findings)) if table.rows],
+        more=[
+            table
+            for table in (tables.effects(findings), tables.speed(findings), tables.sensitivity(findings))
+            if table.rows
+        ],
         points=tables.all_points(findings),
         made_with=tables.made_with(findings),
         differing=tables.differing(findings),

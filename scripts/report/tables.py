@@ -125,6 +125,24 @@ def pairs(title: str, comparisons: Iterable[Comparison], note: str = "") -> Tabl
     return Table(title, (*headers, "seeds needed"), rows, note)
 
 
+def effects(findings: Findings) -> Table:
+    rows = []
+    for effect in findings.effects:
+        c = effect.comparison
+        between = "" if c.interval is None else f"{c.interval[0]:+.4f} to {c.interval[1]:+.4f}"
+        p, holm = ("" if value is None else f"{value:.2g}" for value in (c.p, c.holm))
+        span = "{:+.4f} to {:+.4f}".format(*effect.smallest_and_largest)
+        told = (f"{c.a} − {c.b}", f"{c.difference:+.4f}", between, p, holm, "yes" if c.resolved else "no")
+        rows.append((effect.key, *told, str(len(effect.pairs)), span, str(c.seeds[0])))
+    note = (
+        "Two values of one key over all pairs of methods that differ in nothing else, each at its best learning rate:"
+        " the mean of their differences, tested over the seeds. Where the pairs' own differences span far, the key does"
+        " not do the same everywhere."
+    )
+    headers = ("key", "values", "difference", "95 % interval", "p", "p (Holm)", "resolved", "pairs", "a pair's own")
+    return Table("What one setting does by itself", (*headers, "seeds"), rows, note)
+
+
 def track3(findings: Findings) -> list[Table]:
     """The rule's values; for a pair, of the better method over the other."""
     note = (
@@ -173,7 +191,7 @@ def headline(findings: Findings) -> str:
 def markdown(findings: Findings) -> str:
     """table.md: the verdict in sentences and the tables behind it."""
     more = track3(findings) if findings.rule == "track3" else []
-    more += [speed(findings), sensitivity(findings), all_points(findings)]
+    more += [effects(findings), speed(findings), sensitivity(findings), all_points(findings)]
     if len(findings.sentences) < len(findings.verdict):
         more.append(pairs("All pairs", findings.verdict))
     parts = [headline(findings), *(table.markdown() for table in more if table.rows)]

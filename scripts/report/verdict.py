@@ -62,14 +62,20 @@ class Comparison:
 
 def compare_all(losses: Mapping[str, Mapping[int, float]], resolution: float = 0.01) -> list[Comparison]:
     """Every pair of methods, given the loss of each seed by method; p-values corrected over these pairs."""
-    pairs = [_compare(a, b, losses[a], losses[b], resolution) for a, b in itertools.combinations(losses, 2)]
+    return corrected([compare(a, b, losses[a], losses[b], resolution) for a, b in itertools.combinations(losses, 2)])
+
+
+def corrected(pairs: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons with their p-values corrected over all of them."""
+    pairs = list(pairs)
     tested = [i for i, pair in enumerate(pairs) if pair.p is not None]
     for i, corrected in zip(tested, holm([pairs[i].p for i in tested]), strict=True):
         pairs[i] = replace(pairs[i], holm=corrected)
     return pairs
 
 
-def _compare(a: str, b: str, of_a: Mapping[int, float], of_b: Mapping[int, float], resolution: float) -> Comparison:
+def compare(a: str, b: str, of_a: Mapping[int, float], of_b: Mapping[int, float], resolution: float) -> Comparison:
+    """Two methods by the loss of each seed; see the top of this file for the test."""
     shared = sorted(of_a.keys() & of_b.keys())
     paired = len(shared) > 1
     x, y = (np.array([of[s] for s in (shared if paired else of)], dtype=float) for of in (of_a, of_b))

@@ -2,6 +2,7 @@
 
 import csv
 import html
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import pytest
 import train_gpt2
 from scripts import report
 from scripts.report import published, wandb_runs
+from scripts.report.effects import effects
 from scripts.report.findings import find, update_sizes
 from scripts.report.points import Point, best_points, curves, held_out, points, reach, sensitivity
 from scripts.report.runs import Run, read_runs
@@ -51,9 +53,9 @@ def inspect(step, error, ratio):
 
 def point(method, lr, *losses):
     """A point of seeds 0, 1, ...; None diverged."""
-    common = dict(bits_per_byte=1.0, steps=3, tokens=9, train_seconds=1.0, path=Path("run"), settings={})
+    common = dict(bits_per_byte=1.0, steps=3, tokens=9, train_seconds=1.0, path=Path("run"))
     runs = [
-        Run(method=method, lr=lr, seed=s, val_loss=v, status="completed" if v else "diverged", **common)
+        Run(method=method, lr=lr, seed=s, val_loss=v, status="completed" if v else "diverged", settings={}, **common)
         for s, v in enumerate(losses)
     ]
     return Point(method, lr, tuple(runs))
@@ -390,6 +392,51 @@ def test_the_safe_number_of_seeds_suffices_four_times_in_five():
         (found,) = compare_all({"a": of_a, "b": dict.fromkeys(range(4), 3.0)})  # paired: the difference has a's noise
         enough += found.needed[1] >= truly
     assert enough / 300 > 0.8 - 3 * (0.8 * 0.2 / 300) ** 0.5
+
+
+def effect_points(rng, offsets, seeds):
+    """Points of each combination of a method and a scale with their offsets added, and one more of another kind."""
+    common = rng.normal(3, 0.1, seeds)
+    for (method, a), (scale, b) in itertools.product(offsets["method"].items(), offsets["scale"].items()):
+        losses = common + a + b + rng.normal(0, 0.003, seeds)
+        found = point(f"{method} {scale}", 0.01, *losses)
+        for run in found.runs:
+            run.settings.update({"method": method, "scale": scale, "optim.matrix.lr": 0.01, "seed": run.seed})
+        yield found
+
+
+def test_the_effect_of_one_setting_is_the_paired_test_of_the_means_over_the_rest():
+    offsets = {"method": {"svd": 0.0, "you": 0.03, "pe": 0.001}, "scale": {"none": 0.01, "spectral": 0.0}}
+    best = list(effect_points(np.random.default_rng(5), offsets, 4))
+    loss = {
+        (p.runs[0].settings["method"], p.runs[0].settings["scale"]): np.array(list(p.losses.values())) for p in best
+    }
+    found = {(e.key, frozenset((e.comparison.a, e.comparison.b))): e for e in effects(best, 0.01)}
+    assert len(found) == 1 + 3
+    p_values = []
+    for key, values in {"scale": ["none", "spectral"], "method": ["svd", "you", "pe"]}.items():
+        others = offsets["method" if key == "scale" else "scale"]
+        for u, v in itertools.combinations(values, 2):
+            pick = (lambda u, o: loss[o, u]) if key == "scale" else (lambda u, o: loss[u, o])
+            x, y = (np.mean([pick(value, other) for other in others], axis=0) for value in (u, v))
+            effect, test = found[key, frozenset((u, v))], stats.ttest_rel(x, y)
+            sign = 1 if effect.comparison.a == u else -1
+            assert len(effect.pairs) == len(others) and effect.comparison.p == pytest.approx(test.pvalue)
+            assert effect.comparison.difference == pytest.approx(sign * (x - y).mean())
+            own = [sign * (pick(u, other) - pick(v, other)).mean() for other in others]
+            assert effect.smallest_and_largest == pytest.approx((min(own), max(own)))
+            p_values.append(test.pvalue)
+    assert sorted(e.comparison.holm for e in found.values()) == pytest.approx(sorted(holm(p_values)))
+
+
+def test_an_effect_takes_seeds_that_all_have_and_methods_that_differ_in_nothing_else():
+    offsets = {"method": {"svd": 0.0, "you": 0.03}, "scale": {"none": 0.01, "spectral": 0.0}}
+    best = list(effect_points(np.random.default_rng(5), offsets, 3))
+    best[0] = Point(best[0].method, 0.01, best[0].runs[1:])
+    assert {e.comparison.seeds for e in effects(best, 0.01)} == {(2, 2)}
+    for run in best[3].runs:
+        run.settings["model.layers"] = 8
+    assert effects(best, 0.01) == []
 
 
 def test_sentences():
