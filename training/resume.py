@@ -48,7 +48,7 @@ def split(place: str | Path) -> tuple[Path, Path | None]:
     path = Path(place)
     if path.parent.name == checkpoints.FOLDER:
         return path.parent.parent, path.resolve() if path.is_symlink() else path
-    return path, None
+    return (path.parent if path.name == checkpoints.FOLDER else path), None
 
 
 class Beginning(NamedTuple):
