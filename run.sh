@@ -20,6 +20,6 @@ fi
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 1 ]; then
     "$python" train_gpt2.py "${arguments[@]}" --print-config >/dev/null # a mistake is told once, and not by every rank
-    exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" train_gpt2.py "${arguments[@]}"
+    exec "$python" -m scripts.launch --standalone --nproc_per_node="$gpus" train_gpt2.py "${arguments[@]}"
 fi
 exec "$python" train_gpt2.py "${arguments[@]}"

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -41,6 +42,7 @@ from scripts.sweep_workers import (
     Workers,
     attempts,
     command,
+    ending_with_us,
     find_places,
     finished_runs,
     last_line,
@@ -131,7 +133,8 @@ def trial(point: Point, pending: Sequence[Point], places: Places) -> Estimate:
         start = time.perf_counter()
         with log.open("wb") as output:
             environment = os.environ | places.environments[0]
-            code = subprocess.call(command(file, places.nproc), env=environment, stdout=output, stderr=output)
+            trainer = ending_with_us(command(file, places.nproc))
+            code = subprocess.call(trainer, env=environment, stdout=output, stderr=output)
         wall = time.perf_counter() - start
         if code != 0:
             raise ConfigError(f"a trial of {point.name} ended with exit code {code}: {last_line(log)}")
@@ -263,7 +266,9 @@ def send(points: Sequence[Point], directory: Path, nproc: int, parameters: dict[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: all finished; 1: some are not; 2: the sweep cannot be run; 130: interrupted."""
+    """Exit code 0: all finished; 1: some are not; 2: the sweep cannot be run; 75: stopped on request, with its runs
+    saved; 130: the same by Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m scripts.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("sweep", type=Path, help="a file of configs/sweeps/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set keys of the base configuration")
@@ -297,9 +302,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing is left running, and the same command continues", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, SystemExit) as request:
+        go_on = shlex.join(["python", "-m", "scripts.sweep", *arguments])
+        print(f"stopped; nothing is left running, and the same command continues: {go_on}", file=sys.stderr)
+        return request.code if isinstance(request, SystemExit) else 130
 
 
 def positive(text: str) -> int:

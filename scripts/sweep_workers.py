@@ -5,8 +5,9 @@ DIR/sweep.jsonl       one line an attempt: when, which point, how it ended, seco
 DIR/.locks/           one file a point, locked while the point runs
 DIR/.aside/           the latest run directory of a point that did not finish and could not be taken up again
 
-A point is locked by flock on a file that its process inherits, so the lock lasts exactly as long as the run, also when
-the sweep was killed and the run was not; any number of sweeps, on any machines that share DIR, work side by side.
+A point is locked by flock on a file that its process inherits, so the lock lasts exactly as long as the run, also where
+the sweep was killed and the run still saves itself; any number of sweeps, on any machines that share DIR, work side by
+side.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from training.checkpoints import FOLDER as CHECKPOINTS
 from training.checkpoints import published
 from training.config import ConfigError, fingerprint, to_yaml
 from training.run_directory import FINISHED, REPOSITORY, changes_since, read_json, settings_of, try_lock
+from training.stopping import SIGNALS
 
 GRACE_SECONDS = 40  # between the request to stop and the kill: torchrun itself gives its ranks 30
 STOPPED = 75  # exit code of a trainer that was asked to stop and saved its run
@@ -69,7 +71,7 @@ def attempts(directory: Path) -> list[dict]:
         for line in (directory / "sweep.jsonl").read_text(encoding="utf-8").splitlines():
             with suppress(ValueError):
                 lines.append(json.loads(line))
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 @contextmanager
@@ -138,7 +140,16 @@ def command(config: Path, nproc: int) -> list[str]:
     trainer = [str(REPOSITORY / "train_gpt2.py"), "--config", str(config), "--resume", "auto"]
     if nproc == 1:
         return [sys.executable, *trainer]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", *trainer]
+    launcher = str(REPOSITORY / "scripts" / "launch.py")
+    return [sys.executable, launcher, "--standalone", f"--nproc_per_node={nproc}", *trainer]
+
+
+def ending_with_us(command: list[str]) -> list[str]:
+    """The same command, asked to stop when this process dies; on Linux, see scripts/sweep_child.py.
+
+    The signal comes with the end of the thread that started the command, so that one must wait for it.
+    """
+    return [sys.executable, "-I", "-S", str(REPOSITORY / "scripts" / "sweep_child.py"), str(os.getpid()), *command]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,8 +174,8 @@ class Workers:
 
     def run(self, points: Sequence[Point]) -> Iterator[tuple[Point, Outcome]]:
         """Every point with what became of it, as they end; leaving the loop early stops what runs."""
-        futures = {self.pool.submit(self._take, point): point for point in points}
         try:
+            futures = {self.pool.submit(self._take, point): point for point in points}
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
@@ -209,7 +220,7 @@ class Workers:
                 if self.stopped:
                     return Outcome("interrupted")
                 child = subprocess.Popen(
-                    command(config, self.nproc),
+                    ending_with_us(command(config, self.nproc)),
                     env=os.environ | place,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -270,24 +281,27 @@ class Workers:
                 child.wait(max(0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
                 _signal_group(child, signal.SIGKILL)
+                print(f"killed a run that did not end within {GRACE_SECONDS} s", file=sys.stderr, flush=True)
         self.pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Signals to stop end the block by KeyboardInterrupt, once: what cleans up is not interrupted itself."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    """Signals to stop end the block once, so that what cleans up is not interrupted itself.
 
-    def interrupt(*_: object) -> None:
-        for number in numbers:
-            signal.signal(number, lambda *_: None)
-        raise KeyboardInterrupt
+    Ctrl-C does by KeyboardInterrupt, the others by SystemExit with the exit code of a trainer that was asked to stop.
+    """
 
-    before = [signal.signal(number, interrupt) for number in numbers]
+    def interrupt(number: int, _frame: object) -> None:
+        for other in SIGNALS:
+            signal.signal(other, lambda *_: None)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(STOPPED)
+
+    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -298,11 +312,15 @@ def _signal_group(child: subprocess.Popen, number: signal.Signals) -> None:
 
 
 def read_summary(run: Path) -> dict:
-    """The summary of a run; status None and nothing else where there is no readable one."""
-    try:
-        return read_json(run / "summary.json", "status", "val_loss")
-    except ConfigError:
-        return {"status": None}
+    """The summary of a run; status None and nothing else where there is no readable one, or that of a branch.
+
+    A branch goes on from a checkpoint that was made with other settings: it is no run of its own alone.
+    """
+    with suppress(ConfigError):
+        summary = read_json(run / "summary.json", "status", "val_loss")
+        if not summary.get("parent"):
+            return summary
+    return {"status": None}
 
 
 def last_line(log: Path) -> str:

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from data.prepare import prepare_documents
 
 torch.set_num_threads(1)
+settings.register_profile("calm", deadline=None)  # a busy machine is no failure
+settings.load_profile("calm")
 
 CORPUS = Path(__file__).parent.parent / "data" / "corpus" / "sotu.txt.xz"
 

@@ -33,7 +33,7 @@ def fuzz(count, strategy, check, *examples):
     for value in examples:
         test = example(value)(test)
     few = count == EXAMPLES[0]
-    settings(max_examples=count, deadline=None, database=None, derandomize=few, suppress_health_check=quiet)(test)()
+    settings(max_examples=count, database=None, derandomize=few, suppress_health_check=quiet)(test)()
 
 
 def one_line(error: Exception) -> bool:

@@ -145,7 +145,7 @@ random_rows = st.lists(st.lists(coefficients, min_size=1, max_size=5).map(tuple)
 random_interval = st.tuples(st.floats(1e-6, 1.2) | st.just(0.0), st.floats(1e-6, 1.2)).map(sorted)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(random_rows, random_interval, st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_no_point_leaves_its_certificate(rows, interval, positions):
     """In rational arithmetic, so without allowance."""

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -28,6 +29,7 @@ from hypothesis import strategies as st
 from scripts import sweep, sweep_engines, sweep_workers
 from scripts.sweep_points import expand, log_spaced, read_sweep
 from scripts.sweep_workers import Workers, attempts, find_places, finished_runs, locked
+from tests.faults.harness import wait_for
 from training.config import ConfigError, fingerprint, load_config, settings, to_yaml
 from training.run_directory import settings_of
 
@@ -199,7 +201,15 @@ def test_a_fingerprint_is_that_of_the_file_and_blind_to_names_and_logging(tmp_pa
 
 @pytest.mark.parametrize("path", sorted(Path("configs/sweeps").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_sweeps_that_come_along_can_be_read(path):
-    counts = {"quickstart": 32, "controlled": 180, "steps": 42, "gpu_hour": 60, "optimizers": 108, "bf16_arms": 108}
+    counts = {
+        "quickstart": 32,
+        "controlled": 186,
+        "controlled_seeds": 26,
+        "steps": 42,
+        "gpu_hour": 60,
+        "optimizers": 108,
+        "bf16_arms": 108,
+    }
     counts |= {"paper_small_1B": 19, "paper_large_1B": 19, "controlled_small_1B": 162}
     assert len(expand(read_sweep(path))) == counts[path.stem]
 
@@ -252,6 +262,18 @@ def test_a_half_written_run_is_set_aside_and_never_counted(write, tmp_path, fake
     assert len(finished_runs(directory)) == 4
 
 
+def test_a_branch_of_another_run_is_no_run_of_a_point(write, tmp_path, fake):
+    """Its settings may be those of a point, but it did not begin with them."""
+    path, directory = write(), tmp_path / "dir"
+    assert run(path, directory) == 0
+    (summary, *_) = sorted(directory.glob("*/summary.json"))
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"parent": "elsewhere/checkpoints/step_00000003"}))
+    assert len(finished_runs(directory)) == 3
+    with (directory / "sweep.jsonl").open("a") as file:
+        file.write("7\n")  # a line, but of nothing
+    assert run(path, directory) == 0 and len(finished_runs(directory)) == 4
+
+
 def test_two_sweeps_in_one_directory_share_the_points(write, tmp_path, fake, act):
     directory = tmp_path / "dir"
     points = expand(read_sweep(write(axes={"optim.matrix.lr": [0.01, 0.02, 0.03]})))
@@ -286,10 +308,11 @@ def is_alive(ledger: Path) -> list[bool]:
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
 @pytest.mark.parametrize(
-    ("number", "kind"), [(signal.SIGINT, "hang"), (signal.SIGTERM, "deaf"), (signal.SIGUSR1, "hang")]
+    ("number", "kind", "code"),
+    [(signal.SIGINT, "hang", 130), (signal.SIGTERM, "deaf", 75), (signal.SIGUSR1, "hang", 75)],
 )
 def test_a_stopped_sweep_leaves_nothing_running_and_goes_on_later(
-    write, tmp_path, fake, act, capfd, monkeypatch, number, kind
+    write, tmp_path, fake, act, capfd, monkeypatch, number, kind, code
 ):
     path, directory = write(), tmp_path / "dir"
     monkeypatch.setattr(sweep_workers, "GRACE_SECONDS", 0.3)
@@ -297,8 +320,9 @@ def test_a_stopped_sweep_leaves_nothing_running_and_goes_on_later(
     process = start_until_it_hangs(path, directory)
     os.kill(process.pid, number)
     process.join(20)
-    assert process.exitcode == 130 and not any(is_alive(tmp_path / "ledger"))
-    assert "the same command continues" in capfd.readouterr().err
+    assert process.exitcode == code and not any(is_alive(tmp_path / "ledger"))
+    *_, last = capfd.readouterr().err.splitlines()
+    assert last.endswith(f"the same command continues: python -m scripts.sweep {path} --dir {directory} --workers 2")
     assert not finished_runs(directory) and len(fake()) == 2
     act()
     assert run(path, directory) == 0 and len(finished_runs(directory)) == 4
@@ -307,7 +331,7 @@ def test_a_stopped_sweep_leaves_nothing_running_and_goes_on_later(
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
 def test_a_run_that_outlives_its_killed_sweep_is_not_started_twice(write, tmp_path, fake, act, capsys):
     path, directory = write(seeds=1), tmp_path / "dir"
-    act(**{"0_01": "hang"})
+    act(**{"0_01": "deaf"})
     process = start_until_it_hangs(path, directory, runs=1)
     process.kill()
     process.join()
@@ -455,7 +479,8 @@ def test_a_wandb_sweep_is_the_same_grid(write, capsys):
     assert theirs == ours and len(ours) == 8
 
 
-def test_a_stopped_sweep_goes_on_with_its_runs_where_they_were(write, tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the runs of a killed sweep go on")
+def test_the_runs_of_a_stopped_or_killed_sweep_save_themselves_and_go_on_where_they_were(write, tmp_path):
     keys = {
         "train.steps": 300,
         "data.epochs": 2,
@@ -464,24 +489,42 @@ def test_a_stopped_sweep_goes_on_with_its_runs_where_they_were(write, tmp_path):
         "checkpoint.every": 100,
     }
     path, directory = write(seeds=1, axes={"optim.matrix.lr": [0.01]}, keys=keys), tmp_path / "dir"
-    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(run(path, directory)))
-    process.start()
     [point] = expand(read_sweep(path))
-    metrics, end = directory / point.name / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 20) and time.monotonic() < end:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(60)
-    assert process.exitcode == 130 and [a["status"] for a in attempts(directory)] == ["interrupted"]
+    metrics, summary = directory / point.name / "metrics.jsonl", directory / point.name / "summary.json"
+
+    def steps_taken() -> int:
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    def is_free() -> bool:
+        with locked(directory, point) as lock:
+            return lock is not None
+
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
+        before = steps_taken()
+        process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(run(path, directory)))
+        process.start()
+        wait_for(lambda before=before, process=process: steps_taken() > before + 20 or not process.is_alive())
+        os.kill(process.pid, number)
+        process.join(60)
+        assert process.exitcode == code
+        wait_for(is_free)
+        assert json.loads(summary.read_text())["status"] == "interrupted"
     assert run(path, directory) == 0
-    assert [a["resumed"] for a in attempts(directory)] == [False, True] and not (directory / ".aside").exists()
-    [line] = (directory / point.name / "resumed.jsonl").read_text().splitlines()
-    assert 20 < json.loads(line)["step"] < 300
+    assert [(a["status"], a["resumed"]) for a in attempts(directory)] == [("interrupted", False), ("completed", True)]
+    resumed = [json.loads(line)["step"] for line in (directory / point.name / "resumed.jsonl").read_text().splitlines()]
+    assert len(resumed) == 2 and 20 < resumed[0] < resumed[1] < 300 and not (directory / ".aside").exists()
     assert run(path, tmp_path / "whole") == 0
     losses = {
         json.loads((d / point.name / "summary.json").read_text())["val_loss"] for d in (directory, tmp_path / "whole")
     }
     assert len(losses) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the runs of a killed sweep go on")
+def test_a_run_whose_sweep_died_before_it_could_begin_does_not_begin(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 0)
+    assert subprocess.run(sweep_workers.ending_with_us(["touch", str(tmp_path / "begun")])).returncode == 143
+    assert not (tmp_path / "begun").exists()
 
 
 @pytest.mark.parametrize("change", ["settings", "source", "checkpoint"])

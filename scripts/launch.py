@@ -1,0 +1,32 @@
+"""torchrun that stops as a single trainer does: `python -m scripts.launch --standalone ...`, with torchrun's arguments.
+
+SIGUSR1, Slurm's warning, is handed on to the ranks. By itself it ends torchrun at once and leaves the ranks behind
+(newer torch has an option for it, --signals-to-handle; 2.9 has none). Exit code 75, and no traceback, when torchrun was
+asked to stop.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import NoReturn
+
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing import SignalException
+
+STOPPED = 75  # as a trainer ends that was asked to stop
+
+
+def hand_on(number: int, _frame: object) -> NoReturn:
+    """End torchrun as SIGTERM does: the ranks get the signal, and 30 s to save."""
+    raise SignalException(f"torchrun got {signal.Signals(number).name}", sigval=signal.Signals(number))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGUSR1, hand_on)
+    try:
+        run.main()
+    except SignalException as request:
+        if request.sigval in (signal.SIGHUP, signal.SIGQUIT):  # of these the ranks do not save themselves
+            raise
+        sys.exit(STOPPED)
