@@ -246,7 +246,7 @@ class Run:
         found = None
         if values.get("skipped"):
             progress.skipped += 1
-            self.metrics.say(f"step {step + 1}: a spike, the update is skipped ({guard.told(values)})")
+            self.metrics.say(f"step {step + 1}: a spike, the update is skipped ({guard.in_words(values)})")
             self.model.zero_grad(set_to_none=True)
         else:
             inspect = train.inspect_every > 0 and (step + 1) % train.inspect_every == 0
@@ -270,7 +270,7 @@ class Run:
         """
         summed = backward(self.parallel, inputs, targets, self.config.train.batch_tokens, self.rt)
         norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        total, norms, settled, asked = self.rt.sum(summed, norm, self.checkpoints.settled, self.stop.here)
+        total, norms, settled, asked = self.rt.sum(summed, norm, self.checkpoints.settled, self.stop.asked)
         self.stop.agreed = asked > 0
         if settled == self.rt.world_size:
             self.checkpoints.publish()
@@ -322,7 +322,6 @@ class Run:
         guard.require_finite_weights(self.model, progress.step)
         content = {
             "step": progress.step,
-            "val_loss": progress.evaluation.loss if progress.evaluated == progress.step else None,
             "progress": asdict(progress) | {"total_seconds": self.total_seconds()},
             "window": list(self.spikes.window),
             "metrics_bytes": self.metrics.position,
@@ -419,12 +418,12 @@ class Run:
 
     def farewell(self, error: Stopped | DivergedError) -> str:
         """The last words of a run that was stopped or diverged: what is kept of it, and how it can go on."""
-        step, last, told = self.progress.step, self.checkpoints.last, self.checkpoints.told
+        step, last, newest = self.progress.step, self.checkpoints.last, self.checkpoints.newest
         if isinstance(error, DivergedError):
-            branch = f"; to go on from it with other settings: --resume {told} run_dir=NEW key=value" if last else ""
-            return f"{error}; last checkpoint: {told}{branch}"
+            branch = f"; to go on from it with other settings: --resume {newest} run_dir=NEW key=value" if last else ""
+            return f"{error}; last checkpoint: {newest}{branch}"
         unsaved = "" if not self.rt.is_main or (last and step_of(last) == step) else ", which could not be saved"
-        return f"after step {step}{unsaved}; checkpoint: {told}; go on with: {self.how_to_go_on()}"
+        return f"after step {step}{unsaved}; checkpoint: {newest}; go on with: {self.how_to_go_on()}"
 
     def finish(self, status: str) -> None:
         """Keep the result: the weights of a completed run, the summary of every run."""

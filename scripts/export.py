@@ -1,7 +1,7 @@
-"""A finished run as a Transformers model: `python -m scripts.export RUN OUT [--push USER/NAME]`.
+"""A run or a checkpoint of one as a Transformers model: `python -m scripts.export RUN OUT [--push USER/NAME]`.
 
-OUT receives config.json and model.safetensors for GPT2LMHeadModel, the tokenizer's files, and a card (README.md) filled
-from the run's summary. --push uploads that folder to the Hugging Face hub.
+OUT receives config.json and model.safetensors for GPT2LMHeadModel, the tokenizer's files, and a card (README.md) with
+the result in numbers. --push uploads that folder to the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from tabulate import tabulate
 
 from data.tokenizers import hf_tokenizer_files
 from model.huggingface import save_pretrained
-from training.config import ConfigError, to_yaml
-from training.finished_run import load_run
-from training.run_directory import read_json
+from training.checkpoints import Checkpoint, CheckpointError, evaluations
+from training.config import Config, ConfigError, to_yaml
+from training.finished_run import find, load
+from training.optimizers import conventions
+from training.run_directory import DATA_MANIFEST, read_json
 
 SUMMARY = ("name", "val_loss", "bits_per_byte", "tokenizer", "source", "steps", "seed", "tokens", "train_seconds")
 SUMMARY += ("parameters", "conventions")
@@ -54,12 +56,16 @@ It continues text as its training text does; it was neither tuned to follow inst
 """
 
 
-def export(run: str | Path, out: str | Path) -> Path:
-    """Write the model of a finished run, its tokenizer and its card into the folder `out`."""
+def export(place: str | Path, out: str | Path) -> Path:
+    """Write the model of a finished run or of a checkpoint, its tokenizer and its card into the folder `out`."""
     out = Path(out)
-    model, text, config = load_run(run)
-    summary = read_json(Path(run) / "summary.json", *SUMMARY)
-    environment = read_json(Path(run) / "environment.json", "world_size", "device", "packages")
+    run, checkpoint = find(place)
+    model, text, config = load(run, checkpoint)
+    if checkpoint is None:
+        summary = read_json(run / "summary.json", *SUMMARY)
+    else:
+        summary = summary_of(checkpoint, run, config) | {"parameters": model.count_parameters()}
+    environment = read_json(run / "environment.json", "world_size", "device", "packages")
     if (out / "config.yaml").exists():
         raise ConfigError(f"{out} holds a run, whose files an export would replace; choose another folder")
     try:
@@ -72,12 +78,32 @@ def export(run: str | Path, out: str | Path) -> Path:
     return out
 
 
+def summary_of(checkpoint: Checkpoint, run: Path, config: Config) -> dict[str, Any]:
+    """What summary.json says of a finished run, of a checkpoint; without a loss where its step was not evaluated."""
+    loss, bits = evaluations(run).get(checkpoint.step, (None, None))
+    try:
+        seconds = float(checkpoint.content["progress"]["seconds"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {checkpoint.path} does not say how long its run had trained") from error
+    return {
+        **read_json(run / DATA_MANIFEST, "tokenizer", "source"),
+        "name": config.name,
+        "val_loss": loss,
+        "bits_per_byte": bits,
+        "steps": f"{checkpoint.step} of {config.train.steps}",
+        "seed": config.seed,
+        "tokens": checkpoint.step * config.train.batch_tokens,
+        "train_seconds": seconds,
+        "conventions": conventions(config.optim),
+    }
+
+
 def card(summary: dict[str, Any], environment: dict[str, Any], config: str) -> str:
     """The model card, from the run's summary and environment."""
     git = environment.get("git") or {}
     results = {
-        "validation loss (nats per token)": f"{summary['val_loss']:.4f}",
-        "bits per byte": f"{summary['bits_per_byte']:.4f}",
+        "validation loss (nats per token)": _figure(summary["val_loss"]),
+        "bits per byte": _figure(summary["bits_per_byte"]),
         "tokenizer": summary["tokenizer"],
         "steps": summary["steps"],
         "seed": summary["seed"],
@@ -96,6 +122,10 @@ def card(summary: dict[str, Any], environment: dict[str, Any], config: str) -> s
         ),
         **{key: summary[key] for key in ("name", "parameters", "tokens", "source")},
     )
+
+
+def _figure(value: float | None) -> str:
+    return "not evaluated" if value is None else f"{value:.4f}"
 
 
 def push(folder: Path, name: str) -> str:
@@ -117,12 +147,14 @@ def push(folder: Path, name: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.export", description=__doc__.splitlines()[0])
-    parser.add_argument("run", help="run directory")
+    parser.add_argument(
+        "place", metavar="RUN", help="a finished run's directory, or a checkpoint: RUN/checkpoints/best"
+    )
     parser.add_argument("out", help="folder for the exported model")
     parser.add_argument("--push", metavar="USER/NAME", help="also upload it to the Hugging Face hub under this name")
     options = parser.parse_args(arguments)
     try:
-        out = export(options.run, options.out)
+        out = export(options.place, options.out)
         print(f"exported to {out}")
         if options.push:
             print(f"pushed to {push(out, options.push)}")

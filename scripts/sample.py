@@ -1,4 +1,4 @@
-"""Text from a finished run: `python -m scripts.sample RUN --prompt "My fellow citizens,"`."""
+"""Text from a run or a checkpoint of one: `python -m scripts.sample RUN --prompt "My fellow citizens,"`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from training.finished_run import load_run, sample_text, sampling
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.sample", description=__doc__.splitlines()[0])
-    parser.add_argument("run", help="run directory")
+    parser.add_argument(
+        "place", metavar="RUN", help="a finished run's directory, or a checkpoint: RUN/checkpoints/best"
+    )
     parser.add_argument("--prompt", help="what the model continues; empty starts a new document")
     parser.add_argument("--tokens", type=int, help="how many tokens to sample")
     parser.add_argument("--temperature", type=float, help="sharpness; 0 always takes the likeliest token")
@@ -23,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=1, help="how many samples")
     options = parser.parse_args(arguments)
     try:
-        model, text, config = load_run(options.run, "cuda" if torch.cuda.is_available() else "cpu")
+        model, text, config = load_run(options.place, "cuda" if torch.cuda.is_available() else "cpu")
         names = ("prompt", "tokens", "temperature", "top_k", "top_p")
         sample = sampling(config, **{name: getattr(options, name) for name in names})
         for seed in range(options.seed, options.seed + options.samples):

@@ -5,8 +5,9 @@ RUN/checkpoints/step_00000100/       one checkpoint; the name appears when all o
     rank_1.safetensors               the share of rank 1 ...
     manifest.json                    where the run stood, size and sha256 of each file, and a sha256 of itself
 RUN/checkpoints/latest               a link to the newest
-RUN/checkpoints/step_00000100.part   one being written, or cut off while it was
-RUN/checkpoints/step_00000200.aside  damaged, or newer than the one a run was taken up from
+RUN/checkpoints/best                 with checkpoint.keep_best, a link to that of the lowest validation loss
+RUN/checkpoints/step_00000100.part   one being written or removed, or cut off while it was
+RUN/checkpoints/step_00000200.aside  damaged, or newer than the one a run was taken up from; see _tidy
 
 Tensors are read by name from any of the files, so any number of ranks can load them. They lie in safetensors and not in
 the format of torch.distributed.checkpoint, whose index is a pickle: to load a stranger's would run a stranger's code.
@@ -21,7 +22,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +37,12 @@ from torch import Tensor
 from data.shards import in_parallel
 from training.config import CheckpointConfig
 from training.metrics import warn
-from training.runtime import Runtime
+from training.runtime import Runtime, out_of_memory
 
 FORMAT = 1
 FOLDER = "checkpoints"
 LATEST = "latest"
+BEST = "best"
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step_(\d{8,})")
 FILE = re.compile(r"rank_\d+\.safetensors")
@@ -131,6 +134,14 @@ def newest(run: Path, tell: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
+def split(place: str | Path) -> tuple[Path, Path | None]:
+    """The run directory, and the checkpoint in it if `place` names one."""
+    path = Path(place)
+    if path.parent.name == FOLDER:
+        return path.parent.parent, path.resolve() if path.is_symlink() else path
+    return (path.parent if path.name == FOLDER else path), None
+
+
 def published(folder: Path) -> list[Path]:
     """The checkpoints in a folder by step, unread."""
     found = [path for path in folder.glob("step_*") if NAME.fullmatch(path.name) and path.is_dir()]
@@ -142,7 +153,8 @@ def name_of(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
+    """The step in the name of a checkpoint, also of one that was set aside."""
+    return int(path.stem.removeprefix("step_"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,8 +165,8 @@ class Checkpoints:
     """Writes the checkpoints of one run, on every rank alike, in a thread beside the training.
 
     `save` copies the tensors and returns; when `settled` is true on all ranks their files are on disk (or could not be
-    written) and `publish` gives the checkpoint its name. A checkpoint that cannot be written is told and costs the run
-    nothing else.
+    written) and `publish` gives the checkpoint its name. A checkpoint for which a rank has no memory or no disk is told
+    and costs the run nothing else.
     """
 
     def __init__(self, run: Path, keep: CheckpointConfig, rt: Runtime, last: Path | None = None) -> None:
@@ -168,15 +180,19 @@ class Checkpoints:
         self._publishing: Future | None = None
 
     def save(self, content: dict[str, Any], tensors: Mapping[str, Tensor], sync: Callable[[], None]) -> None:
-        """Begin a checkpoint: `content` for the manifest, with the step and val_loss; the tensors of this rank.
+        """Begin a checkpoint: `content` for the manifest, with the step; the tensors of this rank.
 
         `sync` is called in the thread, before the checkpoint is published, to bring to disk what it refers to.
         """
         self.finish()  # one at a time
-        self._copy(tensors)
         self._content, self.step = content, content["step"]
         path = self._part() / f"rank_{self.rt.rank}.safetensors"
-        self._writing = self._threads.submit(_attempt, lambda: _write_tensors(path, self._copies, sync))
+        _, error = outcome = _attempt(lambda: self._copy(tensors))
+        if error:
+            self._copies = {}  # the training needs the room
+            self._writing = self._threads.submit(lambda: outcome)
+        else:
+            self._writing = self._threads.submit(_attempt, lambda: _write_tensors(path, self._copies, sync))
 
     @property
     def settled(self) -> bool:
@@ -199,7 +215,7 @@ class Checkpoints:
             self._publishing = self._threads.submit(self._publish, part, {"content": content, "files": files})
 
     @property
-    def told(self) -> str:
+    def newest(self) -> str:
         """The newest checkpoint, for a message."""
         return str(self.last or "none")
 
@@ -215,7 +231,7 @@ class Checkpoints:
         """Wait for the thread; of a completed run only what checkpoint.keep_every and keep_best ask for remains."""
         self._threads.shutdown()
         if completed and self.rt.is_main:
-            _prune(self.folder, self.keep, last=0)
+            _tidy(self.folder, self.keep, completed)
             with contextlib.suppress(OSError):  # unless something is left in it
                 self.folder.rmdir()
 
@@ -241,18 +257,13 @@ class Checkpoints:
             part.rename(self.folder / name_of(step))
             sync_folder(self.folder)
         except OSError as error:
-            return self._give_up(part, step, [error.strerror or str(error)])
+            return self._give_up(part, step, [_reason(error)])
         self.last = self.folder / name_of(step)
-        with contextlib.suppress(OSError):  # only for people; nothing here reads it
-            link = self.folder / (LATEST + ".part")
-            link.unlink(missing_ok=True)
-            link.symlink_to(name_of(step))
-            link.replace(self.folder / LATEST)
-        _prune(self.folder, self.keep, self.keep.keep_last)
+        _tidy(self.folder, self.keep)
 
     def _give_up(self, part: Path, step: int, errors: list[str]) -> None:
         shutil.rmtree(part, ignore_errors=True)
-        warn(f"no checkpoint of step {step} ({'; '.join(errors)}); the run goes on, last checkpoint: {self.told}")
+        warn(f"no checkpoint of step {step} ({'; '.join(errors)}); last checkpoint: {self.newest}")
 
 
 def prepare(run: Path, begin: Checkpoint | None) -> None:
@@ -269,30 +280,73 @@ def prepare(run: Path, begin: Checkpoint | None) -> None:
             aside = path.with_name(path.name + ".aside")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+    _link(folder / LATEST, begin.path if begin else None)
+    if (folder / BEST).is_symlink():
+        _link(folder / BEST, _best(folder))
 
 
-def _prune(folder: Path, keep: CheckpointConfig, last: int) -> None:
-    """Remove all checkpoints but the `last` newest, each keep_every steps, and the best where keep_best is set."""
+def _tidy(folder: Path, keep: CheckpointConfig, completed: bool = False) -> None:
+    """Let `latest` and `best` name what they should, then remove what need not stay.
+
+    The newest stay while the run goes on; each keep_every steps and the best, where they are asked for, for good; what
+    was set aside, until the run has come as far again.
+    """
     paths = published(folder)
-    kept = set(paths[max(0, len(paths) - last) :])
+    best = _best(folder) if keep.keep_best else None
+    kept = {best} if best else set()
     if keep.keep_every:
         kept |= {path for path in paths if step_of(path) % keep.keep_every == 0}
-    if keep.keep_best:
-        losses = dict(_losses(paths))
-        kept |= {min(losses, key=losses.__getitem__)} if losses else set()
-    for path in set(paths) - kept:
-        shutil.rmtree(path, ignore_errors=True)
+    if not completed:
+        kept |= set(paths[-keep.keep_last :])
+    _link(folder / LATEST, paths[-1] if paths and paths[-1] in kept else None)
+    _link(folder / BEST, best)
     with contextlib.suppress(OSError):
-        if not (folder / LATEST).exists():  # what it named is gone
-            (folder / LATEST).unlink()
+        sync_folder(folder)  # before what the links named is gone
+    aside = [path for path in folder.glob("step_*.aside") if NAME.fullmatch(path.stem)]
+    reached = step_of(paths[-1]) if paths else -1
+    for path in [*paths, *(path for path in aside if completed or step_of(path) <= reached)]:
+        if path not in kept:
+            _remove(path)
 
 
-def _losses(paths: list[Path]) -> Iterator[tuple[Path, float]]:
-    """The validation loss of each checkpoint taken right after an evaluation."""
-    for path in paths:
-        with contextlib.suppress(CheckpointError):
-            if (loss := _read_manifest(path)["content"].get("val_loss")) is not None:
-                yield path, loss
+def _best(folder: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss, the first of equals; None where none was evaluated."""
+    losses = {step: loss for step, (loss, _) in evaluations(folder.parent).items()}
+    evaluated = [path for path in published(folder) if step_of(path) in losses]
+    return min(evaluated, key=lambda path: losses[step_of(path)], default=None)
+
+
+def evaluations(run: Path) -> dict[int, tuple[float, float]]:
+    """Validation loss (nats per token) and bits per byte by step, from metrics.jsonl; lines that are none do not count.
+
+    No manifest knows as much: a run that is stopped in an evaluation saves, and evaluates when it is taken up again.
+    """
+    found = {}
+    with contextlib.suppress(OSError), open(run / "metrics.jsonl", "rb") as file:
+        for line in file:
+            if b'"val"' in line:  # parsing all of a long file would take the training its time
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    record = json.loads(line)
+                    found[int(record["step"])] = float(record["loss"]), float(record["bits_per_byte"])
+    return found
+
+
+def _link(link: Path, target: Path | None) -> None:
+    """Let a link name a checkpoint beside it, or remove it. Where a file system has no links one does without."""
+    with contextlib.suppress(OSError):
+        if target is None:
+            link.unlink(missing_ok=True)
+            return
+        new = link.with_name(link.name + ".part")
+        new.unlink(missing_ok=True)
+        new.symlink_to(target.name)
+        new.replace(link)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, its name first: no name stands for half of one."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path.rename(path.with_name(path.name + ".part")), ignore_errors=True)
 
 
 def _attempt(action: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any] | None, str | None]:
@@ -300,7 +354,13 @@ def _attempt(action: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any] | Non
     try:
         return action(), None
     except (OSError, MemoryError, RuntimeError) as error:  # whatever it is, the other ranks wait for the outcome
-        return None, getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return None, _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    if out_of_memory(error):
+        return "out of memory"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], sync: Callable[[], None]) -> dict[str, Any]:
@@ -313,10 +373,15 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], sync: Callable[[],
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file that appears under its name when it is whole and on disk; raises OSError."""
     temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as file:  # with the mode of any new file; safetensors makes one for its owner alone
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
     except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
         raise OSError(errno.EIO, str(error)) from error
+    with contextlib.suppress(PermissionError):  # of a file system without modes
+        temporary.chmod(mode)
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)

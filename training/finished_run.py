@@ -1,4 +1,4 @@
-"""A finished run taken up again: its model and tokenizer, for sampling and export."""
+"""A trained model taken up again, of a finished run or from a checkpoint of any run: for sampling and export."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from data.tokenizers import Tokenizer, tokenizer
 from model.generate import generate
 from model.gpt2 import GPT2, PRESETS, GPT2Config
-from training.checkpoints import save_tensors
+from training.checkpoints import BEST, FOLDER, LATEST, Checkpoint, read, save_tensors, split
 from training.config import Config, ConfigError, ModelConfig, SampleConfig, load_config
-from training.run_directory import config_of, read_json
+from training.run_directory import DATA_MANIFEST, config_of, read_json
+from training.state import weights
 
 WEIGHTS = "model.safetensors"
 
@@ -33,20 +35,41 @@ def save_weights(model: GPT2, run_dir: Path) -> None:
     save_tensors(run_dir / WEIGHTS, model.state_dict())
 
 
-def load_run(run_dir: str | Path, device: str | torch.device = "cpu") -> tuple[GPT2, Tokenizer, Config]:
-    """Model, tokenizer and configuration of a finished run; raises ConfigError when it is none."""
-    run_dir = Path(run_dir)
-    config = load_config(config_of(run_dir))
-    summary = read_json(run_dir / "summary.json", "status", "tokenizer")
-    if not (run_dir / WEIGHTS).is_file():
-        raise ConfigError(f"{run_dir} has no {WEIGHTS}: the run ended as {summary['status']!r}")
-    text = tokenizer(summary["tokenizer"])
+def find(place: str | Path) -> tuple[Path, Checkpoint | None]:
+    """The run directory at `place` or, read and found whole, the checkpoint there and its run directory.
+
+    Raises ConfigError where there is neither, CheckpointError where the checkpoint is damaged.
+    """
+    run, chosen = split(place)
+    if not (run / "config.yaml").is_file() or (chosen and not chosen.is_dir()):
+        raise ConfigError(
+            f"{place} is neither a run directory nor a checkpoint in one (RUN/{FOLDER}/step_N, {LATEST} or {BEST})"
+        )
+    return run, read(chosen) if chosen else None
+
+
+def load_run(place: str | Path, device: str | torch.device = "cpu") -> tuple[GPT2, Tokenizer, Config]:
+    """Model, tokenizer and configuration of a finished run, or of a checkpoint in a run's; errors as in `find`."""
+    return load(*find(place), device)
+
+
+def load(
+    run: Path, checkpoint: Checkpoint | None = None, device: str | torch.device = "cpu"
+) -> tuple[GPT2, Tokenizer, Config]:
+    """The same of what was found."""
+    config = load_config(config_of(run))
+    text = tokenizer(str(read_json(run / DATA_MANIFEST, "tokenizer")["tokenizer"]))
     model = GPT2(model_config(config.model, text.vocab_size))
+    source = checkpoint.path if checkpoint else run / WEIGHTS
+    if not source.exists():
+        last = run / FOLDER / LATEST
+        instead = f"; its newest checkpoint is {last}" if last.exists() else ""
+        raise ConfigError(f"{run} has no {WEIGHTS}: the run was not completed{instead}")
     try:
-        model.load_state_dict(load_file(run_dir / WEIGHTS))
-    except Exception as error:
+        model.load_state_dict(weights(checkpoint) if checkpoint else load_file(source))
+    except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{run_dir / WEIGHTS} does not hold the weights of its config: {reason}") from error
+        raise ConfigError(f"{source} does not hold the weights of its config: {reason}") from error
     return model.to(device).eval(), text, config
 
 

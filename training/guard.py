@@ -80,12 +80,12 @@ class SpikeGuard:
         if self.config.on_spike == "skip":
             return True
         raise DivergedError(
-            f"step {step}: a spike ({told(scores)}, guard.threshold={self.config.threshold:g}); training stopped before"
-            " this update"
+            f"step {step}: a spike ({in_words(scores)}, guard.threshold={self.config.threshold:g}); training stopped"
+            " before this update"
         )
 
 
-def told(values: Mapping[str, float]) -> str:
+def in_words(values: Mapping[str, float]) -> str:
     """The scores among `values`, for a message."""
     return ", ".join(f"{name} {values[name]:.1f}" for name in ("loss_z", "grad_norm_z") if name in values)
 

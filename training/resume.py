@@ -34,21 +34,13 @@ class FinishedError(Exception):
 
 def resumed_config(place: str, given: list[str]) -> Config:
     """The configuration of the run at `place`, a run directory or a checkpoint in it, with overrides."""
-    run, chosen = split(place)
+    run, chosen = checkpoints.split(place)
     elsewhere = any(text.startswith("run_dir=") for text in given)
     if elsewhere and not chosen:
         raise ConfigError(
             f"--resume {run} goes on in that directory; leave run_dir out, or name the checkpoint to branch off from"
         )
     return load_config(config_of(run), given if elsewhere else [*given, f"run_dir={run}"])
-
-
-def split(place: str | Path) -> tuple[Path, Path | None]:
-    """The run directory, and the checkpoint in it if `place` names one."""
-    path = Path(place)
-    if path.parent.name == checkpoints.FOLDER:
-        return path.parent.parent, path.resolve() if path.is_symlink() else path
-    return (path.parent if path.name == checkpoints.FOLDER else path), None
 
 
 class Beginning(NamedTuple):
@@ -71,7 +63,7 @@ def begin(config: Config, resume: str | None, rt: Runtime, held: ExitStack) -> B
     named), and ConfigError or CheckpointError if it cannot be taken up. Nothing in the directory of an old run is
     changed yet, see take_up.
     """
-    run, chosen = (_latest(config), None) if resume in (None, AUTO) else split(resume)
+    run, chosen = (_latest(config), None) if resume in (None, AUTO) else checkpoints.split(resume)
     if chosen and config.run_dir and Path(config.run_dir).resolve() != run.resolve():
         return _branch(config, chosen, rt, held)
     if resume is None or run is None:

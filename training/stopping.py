@@ -16,11 +16,11 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Whether this rank was asked to stop (`here`), and whether the ranks have agreed to (`agreed`)."""
+    """Whether this rank was asked to stop (`asked`), and whether the ranks have agreed to (`agreed`)."""
 
     def __init__(self, rt: Runtime) -> None:
         self.rt = rt
-        self.here = False
+        self.asked = False
         self.agreed = False
 
     def raise_if_agreed(self) -> None:
@@ -29,7 +29,7 @@ class StopRequest:
 
     def check(self) -> None:
         """Agree now, all ranks at the same place, and raise Stopped on every rank if any of them was asked."""
-        self.agreed = self.rt.any(self.here)
+        self.agreed = self.rt.any(self.asked)
         self.raise_if_agreed()
 
 
@@ -43,9 +43,9 @@ def stop_request(rt: Runtime) -> Iterator[StopRequest]:
     request = StopRequest(rt)
 
     def ask(number: int, _frame: object) -> None:
-        if number == signal.SIGINT and request.here and rt.world_size == 1:
+        if number == signal.SIGINT and request.asked and rt.world_size == 1:
             raise KeyboardInterrupt
-        request.here = True
+        request.asked = True
 
     before = {number: signal.signal(number, ask) for number in SIGNALS}
     try:

@@ -135,7 +135,7 @@ class Row:
 
 CHANGED = r"error: shard \S+train\S+ was changed while the run read it"
 DIVERGED = "run is diverged already; nothing to do"
-NO_CHECKPOINT = r"warning: no checkpoint of step {} \({}.*\); the run goes on, last checkpoint: .*{}"
+NO_CHECKPOINT = r"warning: no checkpoint of step {} \({}.*\); last checkpoint: .*{}"
 ROWS = {
     "shard cut off": Row(partial(at_step, 5, cut), 2, CHANGED),
     "shard emptied": Row(partial(at_step, 5, empty), 2, CHANGED),
@@ -336,6 +336,24 @@ def test_a_signal_saves_and_the_last_line_goes_on(moment, number, settings, tmp_
     assert "taken up again after step 6" in again.out
     assert result(run) == reference
     check_disk(run, completed=True)
+
+
+def spoil(run) -> None:
+    """From here on the model is worse than it was."""
+    with torch.no_grad():
+        run.model.ln_f.weight.mul_(100)
+
+
+def test_the_best_is_known_though_the_run_was_stopped_before_its_evaluation(settings, tmp_path):
+    """Its checkpoint, of step 6, was written without a loss; it is the best, named and kept after the end."""
+    run = tmp_path / "run"
+    command = [*settings, f"run_dir={run}", "--resume", "auto", "checkpoint.keep_best=true", "checkpoint.keep_last=1"]
+    Trainer(command, partial(in_evaluation, 1, partial(kill, signal.SIGTERM))).end().check(75)
+    Trainer(command, partial(at_step, 9, spoil)).end().check(0)
+    before, best, last = (r["loss"] for r in records(run) if r["kind"] == "val")
+    assert best < before and best < last
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["best", "step_00000006"] and (run / "checkpoints" / "best").resolve().name == "step_00000006"
 
 
 def interrupt_twice() -> None:

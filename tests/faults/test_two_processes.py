@@ -117,7 +117,7 @@ from tests.faults.harness import at_step, kill, wait_for
 
 def signal_torchrun(number, run):
     os.kill(os.getppid(), number)
-    wait_for(lambda: run.stop.here)
+    wait_for(lambda: run.stop.asked)
 
 torch.set_num_threads(1)
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":

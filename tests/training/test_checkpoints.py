@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import stat
 import threading
 import time
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from training import checkpoints
-from training.checkpoints import CheckpointError, Checkpoints, newest, prepare, read
+from training.checkpoints import CheckpointError, Checkpoints, newest, prepare, read, save_tensors
 from training.config import CheckpointConfig
 from training.runtime import Runtime
 
@@ -40,11 +41,26 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def write(run: Path, step: int, loss: float | None = None, writer: Checkpoints | None = None, **keep) -> Checkpoints:
-    """Save a checkpoint of this step and wait for it."""
+    """Save a checkpoint of this step, evaluated unless the loss is None, and wait for it."""
     writer = writer or Checkpoints(run, CheckpointConfig(**keep), ALONE)
-    writer.save({"step": step, "val_loss": loss}, tensors(), lambda: None)
+    if loss is not None:
+        evaluate(run, step, loss)
+    writer.save({"step": step}, tensors(), lambda: None)
     writer.finish()
     return writer
+
+
+def evaluate(run: Path, step: int, loss: float) -> None:
+    """Record an evaluation, between other lines, as the loop does."""
+    with open(run / "metrics.jsonl", "a") as file:
+        for record in ({"kind": "train", "step": step, "loss": 0.0}, {"kind": "val", "step": step, "loss": loss}):
+            file.write(json.dumps(record | {"bits_per_byte": 1.0}) + "\n")
+
+
+def named(run: Path, link: str) -> int | None:
+    """The step that `latest` or `best` names; a link to nothing is an error."""
+    path = run / "checkpoints" / link
+    return checkpoints.step_of(path.resolve(strict=True)) if path.is_symlink() else None
 
 
 def names(run: Path) -> list[str]:
@@ -84,7 +100,7 @@ def test_a_checkpoint_is_of_the_moment_of_save(tmp_path):
     writer, weights, go_on = Checkpoints(tmp_path, CheckpointConfig(), ALONE), torch.ones(1000), threading.Event()
     for step in (1, 2):  # the second copies into what the first allocated
         weights.fill_(step)
-        writer.save({"step": step, "val_loss": None}, {"weights": weights}, go_on.wait)
+        writer.save({"step": step}, {"weights": weights}, go_on.wait)
         weights.fill_(-1)
         go_on.set()
         writer.finish()
@@ -93,7 +109,7 @@ def test_a_checkpoint_is_of_the_moment_of_save(tmp_path):
 
 def test_a_name_appears_when_the_files_are_on_disk_and_not_before(tmp_path):
     writer, go_on = Checkpoints(tmp_path, CheckpointConfig(), ALONE), threading.Event()
-    writer.save({"step": 3, "val_loss": None}, tensors(), go_on.wait)
+    writer.save({"step": 3}, tensors(), go_on.wait)
     assert not writer.settled and names(tmp_path) in ([], ["step_00000003.part"])
     go_on.set()
     writer.finish()
@@ -103,7 +119,7 @@ def test_a_name_appears_when_the_files_are_on_disk_and_not_before(tmp_path):
 def test_it_is_published_with_the_files_of_all_ranks(tmp_path):
     written = {"bytes": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
     writer = Checkpoints(tmp_path, CheckpointConfig(), OneOfTwo(CPU, 0, 2, None, False, [(written, None)]))
-    writer.save({"step": 3, "val_loss": None}, tensors(), lambda: None)
+    writer.save({"step": 3}, tensors(), lambda: None)
     settle(writer)
     (tmp_path / "checkpoints" / "step_00000003.part" / "rank_1.safetensors").touch()  # of nothing
     writer.finish()
@@ -114,12 +130,11 @@ def test_it_is_given_up_where_one_rank_could_not_write(tmp_path, capsys):
     before = write(tmp_path, 2).last
     other = [(None, "No space left on device")]
     writer = Checkpoints(tmp_path, CheckpointConfig(), OneOfTwo(CPU, 0, 2, None, False, other), before)
-    writer.save({"step": 3, "val_loss": None}, tensors(), lambda: None)
+    writer.save({"step": 3}, tensors(), lambda: None)
     writer.finish()
     assert names(tmp_path) == ["latest", "step_00000002"] and writer.last == before
     assert capsys.readouterr().err == (
-        "warning: no checkpoint of step 3 (rank 1: No space left on device); the run goes on, last checkpoint:"
-        f" {before}\n"
+        f"warning: no checkpoint of step 3 (rank 1: No space left on device); last checkpoint: {before}\n"
     )
 
 
@@ -128,11 +143,37 @@ def test_after_an_error_the_next_one_is_written(tmp_path, capsys):
         raise OSError(28, "No space left on device")
 
     writer = Checkpoints(tmp_path, CheckpointConfig(), ALONE)
-    writer.save({"step": 1, "val_loss": None}, tensors(), refuse)
+    writer.save({"step": 1}, tensors(), refuse)
     writer.finish()
     assert names(tmp_path) == [] and "last checkpoint: none" in capsys.readouterr().err
     write(tmp_path, 2, writer=writer)
     assert names(tmp_path) == ["latest", "step_00000002"]
+
+
+def test_without_memory_for_the_copy_there_is_no_checkpoint_and_the_next_one_is_written(tmp_path, capsys):
+    """A tensor of 4 PiB that takes 4 bytes until it is copied."""
+    writer = write(tmp_path, 1)
+    writer.save({"step": 2}, tensors() | {"vast": torch.zeros(1).expand(2**50)}, pytest.fail)
+    writer.finish()
+    place = tmp_path / "checkpoints" / "step_00000001"
+    sentence = f"warning: no checkpoint of step 2 (rank 0: out of memory); last checkpoint: {place}\n"
+    assert capsys.readouterr().err == sentence
+    assert names(tmp_path) == ["latest", "step_00000001"]
+    write(tmp_path, 3, writer=writer)
+    assert read(writer.last).tensors(bool).keys() == tensors().keys()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077], ids=oct)
+def test_files_have_the_mode_of_any_new_file(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        path = write(tmp_path, 7).last
+        save_tensors(tmp_path / "model.safetensors", tensors())
+    finally:
+        os.umask(before)
+    files = [tmp_path / "model.safetensors", path / "rank_0.safetensors", path / "manifest.json"]
+    assert [stat.S_IMODE(file.stat().st_mode) for file in files] == [0o666 & ~mask] * 3
+    assert stat.S_IMODE(path.stat().st_mode) == 0o777 & ~mask
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,11 +196,55 @@ def test_what_is_kept(keep, running, completed, tmp_path):
     writer = Checkpoints(tmp_path, CheckpointConfig(**keep), ALONE)
     for step, loss in enumerate([5.0, 4.0, 3.0, 3.5, None, 3.25], 1):
         write(tmp_path, step, loss, writer)
-        assert (tmp_path / "checkpoints" / "latest").resolve() == writer.last.resolve()
+        assert named(tmp_path, "latest") == step
+        assert named(tmp_path, "best") == (min(step, 3) if writer.keep.keep_best else None)
     assert steps(tmp_path) == running
     writer.close(completed=True)
-    assert steps(tmp_path) == completed and ("latest" in names(tmp_path)) == (6 in completed)
+    assert steps(tmp_path) == completed and named(tmp_path, "latest") == (6 if 6 in completed else None)
+    assert named(tmp_path, "best") == (3 if writer.keep.keep_best else None)
     assert (tmp_path / "checkpoints").exists() == bool(completed)
+
+
+def test_the_best_may_be_the_last_and_of_equals_is_the_first(tmp_path):
+    writer = Checkpoints(tmp_path, CheckpointConfig(keep_best=True), ALONE)
+    for step, loss in enumerate([4.0, 4.0, 3.0], 1):
+        write(tmp_path, step, loss, writer)
+        assert named(tmp_path, "best") == (1, 1, 3)[step - 1]
+    writer.close(completed=True)
+    assert steps(tmp_path) == [3] and named(tmp_path, "latest") == named(tmp_path, "best") == 3
+
+
+def test_the_best_may_be_evaluated_after_it_was_saved(tmp_path):
+    """So it is where a run is stopped in an evaluation and taken up again."""
+    writer = Checkpoints(tmp_path, CheckpointConfig(keep_best=True, keep_last=1), ALONE)
+    for step, loss in ((1, 4.0), (2, None)):
+        write(tmp_path, step, loss, writer)
+    assert named(tmp_path, "best") == 1
+    evaluate(tmp_path, 2, 3.0)
+    write(tmp_path, 3, 3.5, writer)
+    assert named(tmp_path, "best") == 2 and steps(tmp_path) == [2, 3]
+
+
+def test_lines_that_are_no_evaluations_count_for_nothing(tmp_path):
+    writer = write(tmp_path, 1, 4.0, keep_best=True)
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'\xff"val"\n"val"\n{"kind": "val"}\n{"kind": "val", "step": 2, "loss": "low"}\n{"kind": "val", "st')
+    write(tmp_path, 2, writer=writer)
+    assert named(tmp_path, "best") == 1
+
+
+def test_the_best_is_named_while_it_is_asked_for(tmp_path):
+    write(tmp_path, 1, 4.0, keep_best=True)
+    write(tmp_path, 2, 3.0)
+    assert named(tmp_path, "best") is None
+
+
+def test_what_is_removed_loses_its_name_first(tmp_path, monkeypatch):
+    """A kill in the middle leaves no half of a checkpoint that could be taken for one."""
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda *_, **__: None)
+    writer = write(tmp_path, 1, keep_last=1)
+    write(tmp_path, 2, writer=writer)
+    assert names(tmp_path) == ["latest", "step_00000001.part", "step_00000002"]
 
 
 def test_a_run_that_failed_keeps_its_last(tmp_path):
@@ -206,6 +291,30 @@ def test_what_is_later_is_set_aside_and_what_was_cut_off_is_removed(tmp_path):
         read(folder / "step_00000003.aside")
     prepare(tmp_path, None)
     assert steps(tmp_path) == []
+
+
+def test_the_links_follow_what_is_set_aside(tmp_path):
+    writer = Checkpoints(tmp_path, CheckpointConfig(keep_last=9, keep_best=True), ALONE)
+    for step, loss in enumerate([4.0, 5.0, 3.0], 1):
+        write(tmp_path, step, loss, writer)
+    prepare(tmp_path, read(tmp_path / "checkpoints" / "step_00000002"))
+    assert named(tmp_path, "latest") == 2 and named(tmp_path, "best") == 1
+    prepare(tmp_path, None)
+    assert names(tmp_path) == [f"step_0000000{step}.aside" for step in (1, 2, 3)]
+
+
+def test_what_was_set_aside_goes_when_the_run_has_come_as_far_again(tmp_path):
+    writer = Checkpoints(tmp_path, CheckpointConfig(keep_last=1), ALONE)
+    (tmp_path / "checkpoints" / "step_of_mine.aside").mkdir(parents=True)  # not ours to judge
+    for step in (4, 6, 9):
+        (tmp_path / "checkpoints" / f"step_0000000{step}.aside").mkdir()
+    kept = {3: [4, 6, 9], 6: [9], 7: [9]}
+    for step, left in kept.items():
+        write(tmp_path, step, writer=writer)
+        aside = [f"step_0000000{step}.aside" for step in left]
+        assert names(tmp_path) == sorted(["latest", f"step_0000000{step}", *aside, "step_of_mine.aside"])
+    writer.close(completed=True)
+    assert names(tmp_path) == ["step_of_mine.aside"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from training import resume, run_directory
-from training.checkpoints import CheckpointError, Checkpoints
+from training.checkpoints import CheckpointError, Checkpoints, split
 from training.config import CheckpointConfig, Config, ConfigError, load_config, settings
-from training.resume import FinishedError, begin, how_to_go_on, resumed_config, split, take_up
+from training.resume import FinishedError, begin, how_to_go_on, resumed_config, take_up
 from training.runtime import Runtime
 
 RT = Runtime(torch.device("cpu"), 0, 1, None, False)
@@ -129,7 +129,7 @@ def test_the_configuration_of_a_run_that_was_moved(config, tmp_path):
     assert start(resumed_config(str(moved), []), str(moved)) == (moved, None)
 
 
-@pytest.mark.parametrize("place", ["run", "run/", "run/checkpoints", "run/checkpoints/step_00000003", "run/checkpoints/step_00000003/"])
+@pytest.mark.parametrize("place", ["run", "run/", "run/checkpoints", "run/checkpoints/step_00000003/"])
 def test_split(place):
     run, chosen = split(place)
     assert run == Path("run") and chosen == (Path("run/checkpoints/step_00000003") if "step" in place else None)

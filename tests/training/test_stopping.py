@@ -32,9 +32,9 @@ def send(number: int) -> None:
 def test_a_signal_is_a_flag_within_the_block_and_what_it_was_after_it(number):
     before = {number: signal.getsignal(number) for number in SIGNALS}
     with stop_request(ALONE) as request:
-        assert not request.here
+        assert not request.asked
         send(number)
-        assert request.here and not request.agreed
+        assert request.asked and not request.agreed
         request.raise_if_agreed()
         with pytest.raises(Stopped):
             request.check()
@@ -54,7 +54,7 @@ def test_handlers_are_put_back_when_the_block_raises():
 def test_a_second_ctrl_c_stops_one_process_at_once():
     with stop_request(ALONE) as request, pytest.raises(KeyboardInterrupt):
         send(signal.SIGINT)
-        assert request.here
+        assert request.asked
         send(signal.SIGINT)
 
 
@@ -63,20 +63,20 @@ def test_a_second_of_the_others_changes_nothing(number):
     with stop_request(ALONE) as request:
         send(number)
         send(number)
-        assert request.here
+        assert request.asked
 
 
 def test_under_torchrun_a_second_ctrl_c_is_the_first_once_more():
     with stop_request(OneOfTwo(CPU, 0, 2, None, False)) as request:
         send(signal.SIGINT)
         send(signal.SIGINT)
-        assert request.here
+        assert request.asked
 
 
 def test_a_rank_that_was_not_asked_stops_with_the_other():
     with stop_request(OneOfTwo(CPU, 0, 2, None, False, other=True)) as request:
         with pytest.raises(Stopped):
             request.check()
-        assert request.agreed and not request.here
+        assert request.agreed and not request.asked
     with stop_request(OneOfTwo(CPU, 0, 2, None, False)) as request:
         request.check()
