@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .eigenbasis import average
 from .kernels import full_product
-from .matrix_optimizer import MatrixOptimizer, Spec, require
+from .matrix_optimizer import MatrixOptimizer, Spec, require, require_decay
 from .shampoo import graft
 
 
@@ -76,7 +76,7 @@ def jorge_from_sgd(
     """
     for option, value in (("lr", lr), ("weight_decay", weight_decay)):
         require(isinstance(value, Real) and 0 <= value < math.inf, option, value, "a number of at least 0")
-    require(isinstance(momentum, Real) and 0 <= momentum < 1, "momentum", momentum, "at least 0 and below 1")
+    require_decay("momentum", momentum)
     require(isinstance(epochs, int) and epochs >= 3, "epochs", epochs, "a whole number of at least 3")
     options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay / (1 - momentum)}
     return options, {"milestones": [epochs // 3, 2 * epochs // 3], "gamma": 0.1}
@@ -128,7 +128,7 @@ class Jorge(MatrixOptimizer):
     def check_group(self, group: Mapping[str, Any]) -> None:
         super().check_group(group)
         momentum, frequency, eps = group["momentum"], group["precondition_frequency"], group["eps"]
-        require(isinstance(momentum, Real) and 0 <= momentum < 1, "momentum", momentum, "at least 0 and below 1")
+        require_decay("momentum", momentum)
         whole = isinstance(frequency, int) and frequency >= 1
         require(whole, "precondition_frequency", frequency, "a whole number of at least 1")
         positive = eps is None or (isinstance(eps, Real) and 0 < eps < math.inf)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .eigenbasis import REFRESHES, RULES, STORAGES, Eigenbasis, Refresh, Rotation, full_precision
-from .matrix_optimizer import MatrixOptimizer, Spec, require
+from .matrix_optimizer import MatrixOptimizer, Spec, require, require_betas, require_decay, require_dtype
 
 Bases = dict[str, Eigenbasis]  # "left" and "right", as far as there are
 
@@ -116,10 +116,8 @@ class KroneckerOptimizer(MatrixOptimizer):
     ) -> None:
         for name in own.keys() - set(self.own_options):
             raise TypeError(f"{type(self).__name__} has no option {name!r}")
-        floating = preconditioner_dtype is None or (
-            isinstance(preconditioner_dtype, torch.dtype) and preconditioner_dtype.is_floating_point
-        )
-        require(floating, "preconditioner_dtype", preconditioner_dtype, "None or a floating-point torch dtype")
+        if preconditioner_dtype is not None:
+            require_dtype("preconditioner_dtype", preconditioner_dtype)
         self._preconditioner_dtype = preconditioner_dtype
         defaults = {
             "lr": lr,
@@ -165,11 +163,9 @@ class KroneckerOptimizer(MatrixOptimizer):
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         super().check_group(group)
-        betas, shampoo_beta = group["betas"], group["shampoo_beta"]
-        require(isinstance(betas, (tuple, list)) and len(betas) == 2, "betas", betas, "two numbers")
-        for name, beta in (("betas", betas[0]), ("betas", betas[1]), ("shampoo_beta", shampoo_beta)):
-            in_range = (isinstance(beta, Real) and 0 <= beta < 1) or (name == "shampoo_beta" and beta is None)
-            require(in_range, name, group[name], "at least 0 and below 1")
+        require_betas(group["betas"])
+        if group["shampoo_beta"] is not None:
+            require_decay("shampoo_beta", group["shampoo_beta"])
         require(isinstance(group["eps"], Real) and group["eps"] >= 0, "eps", group["eps"], "a number of at least 0")
         for name, least in (("max_dim", 0), ("precondition_frequency", 1), ("polish_interval", 0), ("seed", 0)):
             whole = isinstance(group[name], int) and group[name] >= least

@@ -50,6 +50,27 @@ def require(holds: bool, option: str, value: Any, expected: str) -> None:
         raise ValueError(f"{option} must be {expected}, not {value!r}")
 
 
+def require_decay(option: str, value: Any) -> None:
+    """Raises ValueError unless the value can be what an average keeps of its past."""
+    require(_is_decay(value), option, value, "at least 0 and below 1")
+
+
+def require_betas(betas: Any) -> None:
+    """Raises ValueError unless these are the decays of two averages."""
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(_is_decay, betas))
+    require(pair, "betas", betas, "two numbers, at least 0 and below 1")
+
+
+def _is_decay(value: Any) -> bool:
+    return isinstance(value, Real) and 0 <= value < 1
+
+
+def require_dtype(option: str, dtype: Any) -> None:
+    """Raises ValueError unless it is a dtype that state can have."""
+    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    require(floating, option, dtype, "a floating-point torch dtype")
+
+
 class Spec(NamedTuple):
     """One state tensor of one matrix; dtype None stands for the optimizer's state_dtype.
 
@@ -102,8 +123,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         state_dtype: torch.dtype = torch.float32,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        floating = isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point
-        require(floating, "state_dtype", state_dtype, "a floating-point torch dtype")
+        require_dtype("state_dtype", state_dtype)
         distributed = dist.is_available() and dist.is_initialized()
         self._group = process_group
         self._rank = dist.get_rank(process_group) if distributed else 0

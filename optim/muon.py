@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import orthogonalizers
-from .matrix_optimizer import MatrixOptimizer, Spec, require
+from .matrix_optimizer import MatrixOptimizer, Spec, require, require_decay
 
 MOMENTUM_FORMS = ("ema", "sum")
 
@@ -89,7 +88,7 @@ class Muon(MatrixOptimizer):
     def check_group(self, group: Mapping[str, Any]) -> None:
         super().check_group(group)
         momentum, form = group["momentum"], group["momentum_form"]
-        require(isinstance(momentum, Real) and 0 <= momentum < 1, "momentum", momentum, "at least 0 and below 1")
+        require_decay("momentum", momentum)
         require(form in MOMENTUM_FORMS, "momentum_form", form, f"one of {', '.join(MOMENTUM_FORMS)}")
 
     def state_spec(self, m: int, n: int, group: Mapping[str, Any]) -> dict[str, Spec]:

@@ -111,7 +111,8 @@ def routing_rows(
 ) -> list[dict[str, Any]]:
     """What the optimizers really do to each parameter they hold: name, shape, optimizer, scale, lr, weight_decay.
 
-    A parameter that is several matrices has shape (count, m, n); `scale` is the shape scale, 1 where there is none.
+    A parameter that is several matrices has shape (count, m, n). `scale` is the factor on the learning rate: the shape
+    scale, or the radius in the norm named beside the optimizer (one for each matrix where they differ), else 1.
     """
     groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
     held = {p: (optimizer, group) for optimizer, group in groups for p in group["params"]}
@@ -119,16 +120,18 @@ def routing_rows(
     for p, name in _names(named_parameters).items():
         if p in held:
             optimizer, group = held[p]
-            shape = tuple(p.shape)
-            if p.ndim > 1:
+            shape, scale, norm = tuple(p.shape), 1.0, group.get("norm")
+            if p.ndim > 1 or "shape_scale" in group:
                 m, n = matrix_shape(shape, group.get("blocks", 1), group.get("tensors", "refuse"))
                 shape = (p.numel() // (m * n), m, n) if p.numel() > m * n else (m, n)
+            if "shape_scale" in group:
+                scale = group.get("radius", shape_scale(group["shape_scale"], m, n))
             rows.append(
                 {
                     "name": name,
                     "shape": shape,
-                    "optimizer": type(optimizer).__name__,
-                    "scale": shape_scale(group["shape_scale"], *shape[-2:]) if "shape_scale" in group else 1.0,
+                    "optimizer": type(optimizer).__name__ + (f" ({norm})" if norm else ""),
+                    "scale": scale,
                     "lr": group["lr"],
                     "weight_decay": group.get("weight_decay", 0.0),
                 }

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import orthogonalizers
-from .matrix_optimizer import MatrixOptimizer, Spec, require
+from .matrix_optimizer import MatrixOptimizer, Spec, require, require_decay
 from .muon import muon_direction
 from .norms import NORMS
 
@@ -77,7 +77,7 @@ class Scion(MatrixOptimizer):
         many = isinstance(radii, Sequence) and len(radii) == group["blocks"]
         lengths = all(isinstance(r, Real) and 0 <= r < math.inf for r in (radii if many else [radii]))
         require(lengths, "radius", radii, "a number of at least 0, or one for each block")
-        require(isinstance(momentum, Real) and 0 <= momentum < 1, "momentum", momentum, "at least 0 and below 1")
+        require_decay("momentum", momentum)
         require(isinstance(taps, int) and taps >= 1, "taps", taps, "a whole number of at least 1")
 
     def state_spec(self, m: int, n: int, group: Mapping[str, Any]) -> dict[str, Spec]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .eigenbasis import average, full_precision
-from .matrix_optimizer import MatrixOptimizer, Spec, require
+from .matrix_optimizer import MatrixOptimizer, Spec, require, require_betas, require_dtype
 from .roots import DAMPINGS, METHODS, inverse_root, keep_finite
 
 CHOICES = {
@@ -137,10 +137,8 @@ class Shampoo(MatrixOptimizer):
         state_dtype: torch.dtype = torch.float32,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        floating = preconditioner_dtype is None or (
-            isinstance(preconditioner_dtype, torch.dtype) and preconditioner_dtype.is_floating_point
-        )
-        require(floating, "preconditioner_dtype", preconditioner_dtype, "None or a floating-point torch dtype")
+        if preconditioner_dtype is not None:
+            require_dtype("preconditioner_dtype", preconditioner_dtype)
         self._preconditioner_dtype = preconditioner_dtype
         defaults = {
             "lr": lr,
@@ -163,10 +161,8 @@ class Shampoo(MatrixOptimizer):
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         super().check_group(group)
-        betas, eps = group["betas"], group["eps"]
-        pair = isinstance(betas, (tuple, list)) and len(betas) == 2
-        pair = pair and all(isinstance(beta, Real) and 0 <= beta < 1 for beta in betas)
-        require(pair, "betas", betas, "two numbers, at least 0 and below 1")
+        eps = group["eps"]
+        require_betas(group["betas"])
         require(isinstance(eps, Real) and 0 <= eps < math.inf, "eps", eps, "a number of at least 0")
         for option, choices in CHOICES.items():
             require(group[option] in choices, option, group[option], f"one of {', '.join(map(str, choices))}")

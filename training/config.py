@@ -87,8 +87,11 @@ class DataConfig:
 class MatrixConfig:
     """How the hidden matrices are updated."""
 
-    optimizer: Literal["muon", "adamw", "sgd", "shampoo", "soap", "kl_shampoo", "kl_soap", "jorge"] = "muon"
-    """What updates them; adamw has the betas and eps of optim.adamw, others a section of their own beside this one."""
+    optimizer: Literal[
+        "muon", "adamw", "sgd", "shampoo", "soap", "kl_shampoo", "kl_soap", "jorge", "scion", "modular"
+    ] = "muon"
+    """What updates them; adamw has the betas and eps of optim.adamw, others a section of their own beside this one.
+    scion and modular update all of the model, with the keys of this section, and leave nothing to AdamW."""
     lr: float = 0.02
     """Peak learning rate of the hidden matrices."""
     weight_decay: float = 0.0
@@ -109,7 +112,7 @@ class MatrixConfig:
     allow_unsafe: bool = False
     """Accept a schedule that one rounding of bf16 can make flip signs or explode."""
     momentum: float = 0.95
-    """Decay of the momentum buffer of muon, sgd and jorge."""
+    """Decay of the momentum buffer of muon, sgd, jorge, scion and modular."""
     nesterov: bool = True
     """Look ahead of the momentum (muon, sgd)."""
     momentum_form: Literal["ema", "sum"] = "ema"
@@ -220,6 +223,41 @@ class JorgeConfig:
     """Of the state and of all products."""
 
 
+@dataclass
+class ScionConfig:
+    """scion: steps of length radius times optim.matrix.lr, in a norm for each kind of parameter; weights stay in the
+    ball of that radius with optim.matrix.weight_decay=1 (Scion) and are free with 0 (unconstrained Scion)."""
+
+    radius: float = 50.0
+    """Of the hidden matrices, in the spectral norm over sqrt(out/in); as published for GPT-2, like the two below."""
+    embedding_norm: Literal["sign", "sign_embedding", "rows", "embedding", "columns", "spectral"] = "sign"
+    """Of embeddings and head: the largest entry, in the unit of a head or of an embedding; the longest row, in that of
+    a head (RowNorm) or of an embedding (ColNorm); the longest column; or as for hidden matrices (optim/norms.py)."""
+    embedding_radius: float = 3000.0
+    """Of embeddings and head."""
+    vector_radius: float = 5.0
+    """Of gains and biases, by their largest entry. The published models have none; the radius of the hidden matrices is
+    far too much for them, see configs/quickstart_scion.yaml."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "optim.scion", "radius", "embedding_radius", "vector_radius")
+
+
+@dataclass
+class ModularConfig:
+    """modular: how the length of a step, which optim.matrix.lr is, is shared in the model: by masses, in proportion."""
+
+    embed_mass: float = 1.0
+    """Of the embeddings of tokens and positions."""
+    blocks_mass: float = 5.0
+    """Of all blocks together."""
+    head_mass: float = 1.0
+    """Of the last norm and the head; where it is tied to the embedding, the shorter of both steps is made."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "optim.modular", "embed_mass", "blocks_mass", "head_mass")
+
+
 def gpt2_rules() -> list[Rule]:
     """Which optimizer each GPT-2 parameter goes to: the fused QKV counts as three square matrices."""
     return [
@@ -242,6 +280,10 @@ class OptimConfig:
     """What shampoo adds."""
     jorge: JorgeConfig = field(default_factory=JorgeConfig)
     """What jorge adds."""
+    scion: ScionConfig = field(default_factory=ScionConfig)
+    """What scion adds."""
+    modular: ModularConfig = field(default_factory=ModularConfig)
+    """What modular adds."""
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
     """All other parameters."""
     rules: list[Rule] = field(default_factory=gpt2_rules)
@@ -324,7 +366,8 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Keep for good every checkpoint whose step is a multiple of this; null keeps none."""
     keep_best: bool = False
-    """Write one after each evaluation with the lowest validation loss so far, and keep the latest such for good."""
+    """Write one after each evaluation with the lowest validation loss so far, the last included, and keep the latest
+    such for good: checkpoints/best."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, f"checkpoint.every must not be negative, got {self.every}")

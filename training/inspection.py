@@ -24,7 +24,8 @@ def inspect_step(
 
     Returns {"milliseconds": {optimizer: ms}, "update_to_weight": {kind of parameter: RMS of the change over RMS of
     the weights}, "directions": {"MxN": {name, smallest, largest, error}}}: for one sampled matrix of each shape
-    (the middle one) its extreme singular values and max |s^2 - 1|, the orthogonality error ||X X^T - I||_2.
+    (the middle one) its extreme singular values and max |s^2 - 1|, the orthogonality error ||X X^T - I||_2. None of
+    Scion and ModularDual, whose directions have lengths in norms of their own.
     """
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     sampled: dict[str, tuple[str, Tensor]] = {}
@@ -34,7 +35,8 @@ def inspect_step(
         shape = "x".join(map(str, directions[middle].shape))
         sampled.setdefault(shape, (names[middle], directions[middle].clone()))
 
-    hooks = [o.register_direction_hook(sample) for o in optimizers.values() if isinstance(o, MatrixOptimizer)]
+    looked_at = [o for o in optimizers.values() if isinstance(o, MatrixOptimizer) and "norm" not in o.param_groups[0]]
+    hooks = [optimizer.register_direction_hook(sample) for optimizer in looked_at]
     milliseconds = {}
     for label, optimizer in optimizers.items():
         runtime.synchronize()

@@ -26,17 +26,17 @@ from optim.modules import (
     split_heads,
 )
 
-# Of the embeddings, all blocks and the head, as in the GPT of arXiv 2410.21265's code.
-EMBED_MASS, BLOCKS_MASS, HEAD_MASS = 1.0, 5.0, 1.0
-
 POSITIONS = Bond("positions", lambda tokens: torch.arange(tokens.shape[-1], device=tokens.device))
 
 
 @modular_tree.register
-def gpt2_tree(model: GPT2, prefix: str = "") -> Module:
-    """The tied head is measured by its largest output, so that its norm and the embedding's differ by a factor only.
+def gpt2_tree(
+    model: GPT2, prefix: str = "", *, embed_mass: float = 1.0, blocks_mass: float = 5.0, head_mass: float = 1.0
+) -> Module:
+    """Masses are of the embeddings, of all blocks and of the head, 1 : 5 : 1 in the GPT of arXiv 2410.21265's code.
 
-    That factor is the width: in a head of norm 1, rows have RMS 1/width. The norms that read them as embeddings divide
+    The tied head is measured by its largest output, so that its norm and the embedding's differ by a factor only. That
+    factor is the width: in a head of norm 1, rows have RMS 1/width. The norms that read them as embeddings divide
     by as much, which makes the model as many times as sensitive to embeddings, those of positions included.
     """
     config = model.config
@@ -52,7 +52,7 @@ def gpt2_tree(model: GPT2, prefix: str = "") -> Module:
     head = Head(config.padded_vocab, config.width, name=f"{prefix}wte.weight")
     read = modular_tree(model.ln_f, f"{prefix}ln_f.")
     relative = Bond("relative", lambda x: x, config.width)
-    return (head @ read).tare(HEAD_MASS) @ blocks.tare(BLOCKS_MASS) @ relative @ (tokens + positions).tare(EMBED_MASS)
+    return (head @ read).tare(head_mass) @ blocks.tare(blocks_mass) @ relative @ (tokens + positions).tare(embed_mass)
 
 
 @modular_tree.register

@@ -20,6 +20,8 @@ from optim import (
     KroneckerOptimizer,
     Muon,
     Orthogonalizer,
+    Route,
+    Scion,
     Shampoo,
     check_coverage,
     orthogonalizer,
@@ -27,7 +29,9 @@ from optim import (
     route,
     routing_rows,
 )
+from optim.modular import ModularDual
 from training.config import ConfigError, MatrixConfig, OptimConfig
+from training.modular_trees import gpt2_tree
 
 
 def build_optimizers(
@@ -36,15 +40,27 @@ def build_optimizers(
     """The optimizers of `model` by name, every trainable parameter in exactly one of them, exactly once.
 
     compile: whether the orthogonalizer is compiled, one graph for each shape of stack.
-    With optim.matrix.optimizer=adamw the hidden matrices become groups of the one AdamW, with their own learning
-    rate and decay. Every group remembers its peak learning rate as `peak_lr`. Raises ConfigError for options out of
-    range, RoutingError for rules that do not fit the model.
+    Those of WHOLE_MODEL update all of it, the others the hidden matrices, and AdamW the rest. Every group remembers
+    its peak learning rate as `peak_lr`. Raises ConfigError for options out of range, RoutingError for rules that do not
+    fit the model.
     """
+    name = config.matrix.optimizer
+    if name in WHOLE_MODEL:
+        optimizers = {name: WHOLE_MODEL[name](model, config, compile)}
+    else:
+        optimizers = _hidden_and_rest(model, config, compile)
+    check_coverage(model.named_parameters(), optimizers.values())
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def _hidden_and_rest(model: nn.Module, config: OptimConfig, compile: bool) -> dict[str, torch.optim.Optimizer]:
+    """With optim.matrix.optimizer=adamw the hidden matrices become groups of the one AdamW, with their own learning
+    rate and decay."""
     matrix, adamw = config.matrix, config.adamw
-    unknown = {rule.optimizer for rule in config.rules} - {"matrix", "adamw"}
-    if unknown:
-        raise ConfigError(f"optim.rules send parameters to {', '.join(sorted(unknown))}; known are matrix and adamw")
-    routes = route(model.named_parameters(), config.rules)
+    routes = _routes(model, config)
     adamw_lr = matrix.lr if adamw.lr is None else adamw.lr
     hidden = param_groups(routes, "matrix", matrix.lr, matrix.weight_decay)
     others = param_groups(routes, "adamw", adamw_lr, adamw.weight_decay)
@@ -57,11 +73,14 @@ def build_optimizers(
         fused = next(model.parameters()).device.type in ("cpu", "cuda")
         with config_errors("optim.adamw"):
             optimizers["adamw"] = torch.optim.AdamW(others, betas=adamw.betas, eps=adamw.eps, fused=fused)
-    check_coverage(model.named_parameters(), optimizers.values())
-    for optimizer in optimizers.values():
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _routes(model: nn.Module, config: OptimConfig) -> list[Route]:
+    unknown = {rule.optimizer for rule in config.rules} - {"matrix", "adamw"}
+    if unknown:
+        raise ConfigError(f"optim.rules send parameters to {', '.join(sorted(unknown))}; known are matrix and adamw")
+    return route(model.named_parameters(), config.rules)
 
 
 def _elementwise(group: dict[str, Any]) -> dict[str, Any]:
@@ -69,11 +88,45 @@ def _elementwise(group: dict[str, Any]) -> dict[str, Any]:
     return {key: group[key] for key in ("params", "lr", "weight_decay")}
 
 
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    """Set every group to `factor` times its peak learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Each optimizer of the hidden matrices, and the keys it reads
+# What they are built with
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ORTHOGONALIZER_KEYS = ("orthogonalizer", "steps", "dtype", "margin", "path", "normalizer", "allow_unsafe")
+
+
+def build_orthogonalizer(config: MatrixConfig) -> Orthogonalizer:
+    return orthogonalizer(
+        config.orthogonalizer,
+        **{key: getattr(config, key) for key in ORTHOGONALIZER_KEYS if key != "orthogonalizer"},
+    )
+
+
+def _compiled(function: Orthogonalizer, compile: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """One graph for each shape of stack."""
+    return torch.compile(function, dynamic=False) if compile else function
+
+
+@contextmanager
+def config_errors(section: str) -> Iterator[None]:
+    """Turn what a constructor says of its arguments into a ConfigError that names the section they came from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{section}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Each optimizer of the hidden matrices
 
 Groups = list[dict[str, Any]]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_muon(groups: Groups, config: OptimConfig, compile: bool) -> Muon:
@@ -144,74 +197,105 @@ BUILDERS: dict[str, Callable[[Groups, OptimConfig, bool], torch.optim.Optimizer]
 }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Each optimizer of a whole model
+
+
+def build_scion(model: nn.Module, config: OptimConfig, compile: bool) -> Scion:
+    """What rules send to matrix is hidden; of the rest, matrices are embeddings or head, vectors gains and biases."""
+    matrix, scion = config.matrix, config.scion
+    routes = _routes(model, config)
+    matrices = [found for found in routes if found.parameter.ndim > 1]
+    vectors = [found for found in routes if found.parameter.ndim == 1]
+    balls = (
+        ("matrix", routes, {"norm": "spectral", "radius": scion.radius}),
+        ("adamw", matrices, {"norm": scion.embedding_norm, "radius": scion.embedding_radius}),
+        ("adamw", vectors, {"norm": "sign", "radius": scion.vector_radius, "tensors": "flatten"}),
+    )
+    groups = [
+        group | ball
+        for label, members, ball in balls
+        for group in param_groups(members, label, matrix.lr, matrix.weight_decay)
+    ]
+    with config_errors("optim.matrix"):
+        return Scion(groups, momentum=matrix.momentum, orthogonalizer=_compiled(build_orthogonalizer(matrix), compile))
+
+
+def build_modular(model: nn.Module, config: OptimConfig, compile: bool) -> ModularDual:
+    """Which parameters are what is said by the model's tree; optim.rules have no part in it."""
+    matrix = config.matrix
+    tree = gpt2_tree(model, **dataclasses.asdict(config.modular))
+    with config_errors("optim.matrix"):
+        return ModularDual(
+            model.named_parameters(),
+            tree,
+            matrix.lr,
+            momentum=matrix.momentum,
+            weight_decay=matrix.weight_decay,
+            orthogonalizer=_compiled(build_orthogonalizer(matrix), compile),
+        )
+
+
+WHOLE_MODEL: dict[str, Callable[[nn.Module, OptimConfig, bool], torch.optim.Optimizer]] = {
+    "scion": build_scion,
+    "modular": build_modular,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which keys they read
+
+WITH_ADAMW = ("adamw", "rules")
+READS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "muon": (("momentum", "nesterov", "momentum_form", "shape_scale", *ORTHOGONALIZER_KEYS), WITH_ADAMW),
+    "adamw": ((), WITH_ADAMW),
+    "sgd": (("momentum", "nesterov"), WITH_ADAMW),
+    "soap": (("shape_scale",), ("soap", *WITH_ADAMW)),
+    "kl_soap": (("shape_scale",), ("soap", *WITH_ADAMW)),
+    "kl_shampoo": (("shape_scale",), ("soap", *WITH_ADAMW)),
+    "shampoo": (("shape_scale",), ("shampoo", *WITH_ADAMW)),
+    "jorge": (("shape_scale", "momentum"), ("jorge", *WITH_ADAMW)),
+    "scion": (("momentum", *ORTHOGONALIZER_KEYS), ("scion", "rules")),
+    "modular": (("momentum", *ORTHOGONALIZER_KEYS), ("modular",)),
+}
+"""By optimizer: the keys of optim.matrix beside those that all read, and the sections beside optim.matrix."""
+
+
 def keys_read(settings: Mapping[str, Any]) -> Callable[[str], bool]:
     """Whether a run with these settings, by dotted key, depends on a key: no optimizer reads the sections of others."""
     name = settings["optim.matrix.optimizer"]
-    if name == "muon":
-        own = ("optim.matrix.",)
-    else:
-        own = ("optim.matrix.optimizer", "optim.matrix.lr", "optim.matrix.weight_decay")
-        own += {"adamw": (), "sgd": ("optim.matrix.momentum", "optim.matrix.nesterov")}.get(name, (SHAPE_SCALE,))
-    if name in ("soap", "kl_soap", "kl_shampoo"):
-        own += ("optim.soap.",)
-        if settings["optim.soap.orthogonalize"]:
-            own += tuple(f"optim.matrix.{key}" for key in ORTHOGONALIZER_KEYS)
-    elif name == "shampoo":
-        own += ("optim.shampoo.",)
-    elif name == "jorge":
-        own += ("optim.jorge.", "optim.matrix.momentum")
-    sections = ("optim.matrix.", "optim.soap.", "optim.shampoo.", "optim.jorge.")
-    return lambda key: not key.startswith(sections) or key.startswith(own)
+    if name not in READS:
+        raise ConfigError(f"optim.matrix.optimizer={name} is unknown; known are {', '.join(READS)}")
+    keys, sections = READS[name]
+    if "soap" in sections and settings["optim.soap.orthogonalize"]:
+        keys += ORTHOGONALIZER_KEYS
+    read = {"optim.grad_clip", *(f"optim.matrix.{key}" for key in ("optimizer", "lr", "weight_decay", *keys))}
+    return lambda key: not key.startswith("optim.") or key in read or key.split(".")[1] in sections
 
 
-SHAPE_SCALE = "optim.matrix.shape_scale"
-ORTHOGONALIZER_KEYS = ("orthogonalizer", "steps", "dtype", "margin", "path", "normalizer", "allow_unsafe")
-
-
-def build_orthogonalizer(config: MatrixConfig) -> Orthogonalizer:
-    return orthogonalizer(
-        config.orthogonalizer,
-        **{key: getattr(config, key) for key in ORTHOGONALIZER_KEYS if key != "orthogonalizer"},
-    )
-
-
-def _compiled(function: Orthogonalizer, compile: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """One graph for each shape of stack."""
-    return torch.compile(function, dynamic=False) if compile else function
-
-
-@contextmanager
-def config_errors(section: str) -> Iterator[None]:
-    """Turn what a constructor says of its arguments into a ConfigError that names the section they came from."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(f"{section}: {error}") from error
-
-
-def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
-    """Set every group to `factor` times its peak learning rate."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run says of them
 
 
 def conventions(config: OptimConfig) -> dict[str, Any]:
-    """The five conventions that differ between public Muon codes and silently change results."""
-    matrix = config.matrix
-    if matrix.optimizer != "muon":
-        shared = {"optimizer": matrix.optimizer, "adamw_shares_lr": config.adamw.lr is None}
-        if matrix.optimizer not in ("adamw", "sgd"):
-            shared |= {"shape_scale": matrix.shape_scale, "weight_decay": matrix.weight_decay}
-        return shared
-    return {
-        "momentum": f"{matrix.momentum_form} {matrix.momentum}{' nesterov' if matrix.nesterov else ''}",
-        "orthogonalizer": matrix.orthogonalizer,
-        "iteration": repr(build_orthogonalizer(matrix)),  # its coefficients, margin and dtype
-        "shape_scale": matrix.shape_scale,
-        "weight_decay": matrix.weight_decay,
-        "adamw_shares_lr": config.adamw.lr is None,
-    }
+    """What differs between public codes and silently changes results: the five conventions of Muon's, for example."""
+    matrix, name = config.matrix, config.matrix.optimizer
+    keys, sections = READS[name]
+    told: dict[str, Any] = {} if name == "muon" else {"optimizer": name}
+    if "orthogonalizer" in keys:
+        form = matrix.momentum_form if "momentum_form" in keys else "ema"
+        ahead = " nesterov" if "nesterov" in keys and matrix.nesterov else ""
+        told["momentum"] = f"{form} {matrix.momentum}{ahead}"
+        told["orthogonalizer"] = matrix.orthogonalizer
+        told["iteration"] = repr(build_orthogonalizer(matrix))  # its coefficients, margin and dtype
+    if "shape_scale" in keys:
+        told["shape_scale"] = matrix.shape_scale
+    told["weight_decay"] = matrix.weight_decay
+    if "adamw" in sections:
+        told["adamw_shares_lr"] = config.adamw.lr is None
+    if name in WHOLE_MODEL:
+        told |= dataclasses.asdict(getattr(config, name))  # norms and radii, or masses
+    return told
 
 
 def kind_of(name: str) -> str:
@@ -223,8 +307,10 @@ def routing_table(model: nn.Module, optimizers: Mapping[str, torch.optim.Optimiz
     """Who updates what, as read back from the optimizers: one line for each kind of parameter."""
     rows: dict[tuple, int] = {}
     for row in routing_rows(model.named_parameters(), optimizers.values()):
-        key = (kind_of(row["name"]), *list(row.values())[1:])
+        scales = row["scale"] if isinstance(row["scale"], tuple) else (row["scale"],)
+        row |= {"name": kind_of(row["name"]), "shape": "x".join(map(str, row["shape"]))}
+        key = tuple((row | {"scale": " ".join(f"{scale:.4g}" for scale in scales)}).values())
         rows[key] = rows.get(key, 0) + 1
-    lines = [(name, count, "x".join(map(str, shape)), *rest) for (name, shape, *rest), count in rows.items()]
+    lines = [(name, count, *rest) for (name, *rest), count in rows.items()]
     headers: Sequence[str] = ("parameter", "count", "shape", "optimizer", "scale", "lr", "weight decay")
     return tabulate(lines, headers=headers, floatfmt=".4g")

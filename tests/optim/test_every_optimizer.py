@@ -10,17 +10,39 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from optim import KLSOAP, SOAP, Jorge, KLShampoo, Muon, Scion, Shampoo
+from optim.modular import ModularDual
+from optim.modules import Concatenation, Linear, mul
 
 from .test_muon import parameters, set_gradients
 
 SHAPES = [(6, 4)] * 3 + [(12, 4)] + [(4, 9)]  # several of a shape, and fewer than ranks
 BF16_SUBSPACE = {"storage": "P", "preconditioner_dtype": torch.bfloat16, "subspace_fraction": 0.5}
 
+
+def modular(params, lr, *, blocks=1, weight_decay=0.0):
+    """Of linear layers beside one another with the mean of their outputs, in which each has radius 1 if all are alike.
+
+    The layers of a second group have twice the mass, so that the optimizer's groups are those that were asked for.
+    """
+    groups = params if isinstance(params[0], dict) else [{"params": params}]
+    named, atoms = [], []
+    for mass, group in enumerate(groups, start=1):
+        for p in group["params"]:
+            name = str(len(named))
+            named.append((name, p))
+            sizes = len(p) // blocks, p.size(1)
+            atoms += [Linear(*sizes, mass=mass, name=f"{name}[{i}]") for i in range(blocks)]
+    tree = mul(1 / len(atoms)) @ Concatenation(tuple(atoms))
+    return ModularDual(named, tree, lr, weight_decay=weight_decay)
+
+
 # Refreshes every three steps, so that what follows falls between them, on them and after them.
 EVERY = {
     "muon": partial(Muon, orthogonalizer="svd"),
     "muon, bf16 state": partial(Muon, orthogonalizer="svd", state_dtype=torch.bfloat16),
     "scion": partial(Scion, weight_decay=0.0),
+    "scion, rows": partial(Scion, weight_decay=0.0, norm="rows"),
+    "modular": modular,
     "shampoo": partial(Shampoo, precondition_frequency=3),
     "shampoo, sum, minimax": partial(Shampoo, precondition_frequency=3, statistics="sum", root="minimax"),
     "soap": partial(SOAP, precondition_frequency=3, weight_decay=0.0),

@@ -238,8 +238,6 @@ def test_zero_gradients_move_nothing():
         params[0].grad = torch.zeros(4, 6)
         optimizer.step()
     assert torch.equal(params[0], before[0]) and optimizer.state[params[0]]["failures"] == 0
-    run(optimizer, params, range(2))
-    assert params[0].isfinite().all() and not torch.equal(params[0], before[0])
 
 
 @pytest.mark.parametrize("eps", [1e-6, None])

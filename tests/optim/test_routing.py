@@ -1,10 +1,12 @@
 """Rules, groups and the proof that each parameter is optimized once."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from optim import Muon, RoutingError, Rule, check_coverage, param_groups, route, routing_rows
+from optim import Muon, RoutingError, Rule, Scion, check_coverage, param_groups, route, routing_rows
 
 RULES = [
     Rule(r"c_attn\.weight$", "matrix", blocks=3),
@@ -149,6 +151,19 @@ def test_kernels_and_experts_go_to_a_matrix_optimizer_as_the_rule_reads_them(ten
     model.weight.grad = torch.randn(8, 4, 3, 3)
     muon.step()
     assert len(seen) == (32 if tensors == "stack" else 1) and {tuple(s) for s in seen} == {shape[-2:]}
+
+
+def test_norms_and_radii_are_told_and_vectors_read_as_columns():
+    weight, bias = nn.Parameter(torch.zeros(6, 4)), nn.Parameter(torch.zeros(5))
+    groups = [
+        {"params": [weight], "blocks": 2, "radius": (1.0, 2.0)},
+        {"params": [bias], "norm": "columns", "tensors": "flatten"},
+    ]
+    fused, vector = routing_rows([("weight", weight), ("bias", bias)], [Scion(groups, 0.1, radius=3.0)])
+    assert fused["optimizer"] == "Scion (spectral)" and fused["shape"] == (2, 3, 4) and fused["scale"] == (1.0, 2.0)
+    assert vector["optimizer"] == "Scion (columns)" and vector["shape"] == (5, 1) and vector["scale"] == 3.0
+    muon = Muon(param_groups(route([("bias", bias)], [Rule("bias", "matrix", tensors="flatten")]), "matrix", 0.1, 0.0))
+    assert routing_rows([("bias", bias)], [muon])[0]["scale"] == math.sqrt(5)
 
 
 def test_an_unknown_reading_of_tensors_is_refused():

@@ -9,7 +9,7 @@ from torch import nn
 from optim import shampoo
 from optim.shampoo import Shampoo, graft, grid
 
-from .test_matrix_optimizer import clones, run, saved
+from .test_matrix_optimizer import clones, run
 from .test_muon import parameters, set_gradients
 
 DOUBLE = {"dtype": torch.float64}
@@ -295,33 +295,6 @@ def test_gradients_of_rank_one(method):
 
 
 # ---- in the shell ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", ["eigh", "minimax"])
-def test_stack_equals_one_optimizer_a_parameter(method):
-    together, apart = parameters(), parameters()
-    options = {"root": method, "precondition_frequency": 2, "block_size": 5, "weight_decay": 0.1}
-    run(Shampoo(together, **options), together, range(4))
-    singles = [Shampoo([p], **options) for p in apart]
-    for step in range(4):
-        set_gradients(apart, step=step)
-        for single in singles:
-            single.step()
-    for p, q in zip(together, apart, strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
-
-
-def test_resumes_to_the_same_bits_between_refreshes():
-    params, copies = parameters(), parameters(seed=1)
-    options = {"precondition_frequency": 3, "statistics": "sum", "preconditioner_dtype": torch.bfloat16}
-    optimizer, resumed = Shampoo(params, **options), Shampoo(copies, **options)
-    run(optimizer, params, range(5))
-    for p, q in zip(copies, params, strict=True):
-        p.data.copy_(q)
-    resumed.load_state_dict(saved(optimizer))
-    for o, ps in ((optimizer, params), (resumed, copies)):
-        run(o, ps, range(5, 9))
-    assert all(torch.equal(p, q) for p, q in zip(copies, params, strict=True))
 
 
 @pytest.mark.parametrize("method", ["eigh", "minimax"])

@@ -1,6 +1,5 @@
 """SOAP against its paper's algorithm, against Adam and the polar factor where it must be these, and in all storages."""
 
-import io
 import itertools
 
 import pytest
@@ -303,22 +302,6 @@ def test_stack_equals_one_optimizer_a_parameter(options):
     assert counts["updates"] == ([11, 4, 5, 6, 11] if options["first_step"] == "skip" else [12, 7, 12, 9, 12])
 
 
-@pytest.mark.parametrize("options", ROBUST)
-def test_zero_gradients_only_decay_and_harm_nothing_later(options):
-    (p,) = parameters([(4, 6)])
-    start, optimizer = p.detach().clone(), SOAP([p], lr=0.1, weight_decay=0.5, precondition_frequency=2, **options)
-    for _ in range(4):
-        p.grad = torch.zeros_like(p)
-        optimizer.step()
-    torch.testing.assert_close(p.detach(), 0.95**4 * start)
-    before = p.detach().clone()
-    for step in range(4, 8):
-        set_gradients([p], step=step)
-        optimizer.step()
-    assert p.isfinite().all() and (p - before).abs().max() > 0.01
-    assert optimizer.state[p]["refreshes"] == 2
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_broken_gradient_leaves_its_matrix_alone_and_is_counted(bad):
     params = parameters([(4, 6)] * 2)
@@ -355,35 +338,14 @@ def test_vectors_and_numbers_as_matrices(shape):
     assert found[1:].abs().min() > 0 and found.isfinite().all()
 
 
-# ---- checkpoints and options ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{}, ARMS["bf16 P, subspace"]], ids=["S", "bf16 P, subspace"])
-def test_resumes_to_the_same_bits(options):
-    options = {"lr": 0.1, "precondition_frequency": 2, **options}
-    params, copies = parameters(), parameters(seed=1)
-    optimizer, resumed = SOAP(params, **options), SOAP(copies, **options)
-    for step in range(5):
-        set_gradients(params, step=step)
-        optimizer.step()
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    for p, q in zip(copies, params, strict=True):
-        p.data.copy_(q)
-    for step in range(5, 9):
-        set_gradients(params, copies, step=step)
-        optimizer.step()
-        resumed.step()
-    assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
+# ---- options --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"betas": 0.9}, "betas must be two numbers"),
-        ({"betas": (0.9, 1.0)}, "betas must be at least 0 and below 1"),
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers, at least 0 and below 1, not \(0.9, 1.0\)"),
         ({"shampoo_beta": -0.1}, "shampoo_beta must be at least 0 and below 1, not -0.1"),
         ({"eps": -1.0}, "eps must be a number of at least 0"),
         ({"max_dim": 2.5}, "max_dim must be a whole number"),
@@ -398,7 +360,7 @@ def test_resumes_to_the_same_bits(options):
         ({"statistics": "during"}, "statistics must be one of after, before"),
         ({"first_step": "half"}, "first_step must be one of skip, take"),
         ({"bias_correction": 1}, "bias_correction must be True or False, not 1"),
-        ({"preconditioner_dtype": torch.int8}, "preconditioner_dtype must be None or a floating-point torch dtype"),
+        ({"preconditioner_dtype": torch.int8}, "preconditioner_dtype must be a floating-point .* not torch.int8"),
         ({"orthogonalizer": 5}, "orthogonalizer must be None, a name or a callable"),
     ],
 )
