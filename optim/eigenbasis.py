@@ -154,15 +154,19 @@ def rotation(p: Tensor, index: Tensor, method: str, where: Tensor) -> tuple[Rota
     index = index.expand(len(p), -1).sort(dim=-1).values
     ranking = diagonal.gather(-1, index).argsort(dim=-1, descending=True, stable=True)
     ranked = index.gather(-1, ranking)
-    batch = torch.arange(len(p), device=p.device).view(-1, 1, 1)
-    block = _at_least_float32(p[batch, ranked.unsqueeze(-1), ranked.unsqueeze(-2)])
+    block = _at_least_float32(_submatrix(p, ranked))
     identity = torch.eye(index.size(-1), dtype=block.dtype, device=p.device)
-    sound = where & block.isfinite().all(dim=-1).all(dim=-1)
+    sound = where & block.isfinite().flatten(1).all(dim=-1)
     matrix = REFRESHES[method](block.where(sound.view(-1, 1, 1), identity))
-    sound = sound & matrix.isfinite().all(dim=-1).all(dim=-1)
-    rank = ranking.argsort(dim=-1)
-    matrix = matrix.where(sound.view(-1, 1, 1), identity)[batch, rank.unsqueeze(-1), rank.unsqueeze(-2)]
+    sound = sound & matrix.isfinite().flatten(1).all(dim=-1)
+    matrix = _submatrix(matrix.where(sound.view(-1, 1, 1), identity), ranking.argsort(dim=-1))
     return Rotation(index, matrix), sound
+
+
+def _submatrix(matrices: Tensor, index: Tensor) -> Tensor:
+    """The rows and columns `index` (k, r) of matrices (k, n, n): (k, r, r). Two gathers, twice as fast as p[i, j]."""
+    rows = matrices.gather(-2, index.unsqueeze(-1).expand(-1, -1, matrices.size(-1)))
+    return rows.gather(-1, index.unsqueeze(-2).expand(-1, index.size(-1), -1))
 
 
 @dataclass(frozen=True)
