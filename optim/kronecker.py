@@ -73,7 +73,10 @@ class KroneckerOptimizer(MatrixOptimizer):
         polish_interval: after every so many refreshes the bases are made orthonormal again; 0 for never.
         transport: what a refresh does to second moments. "permute": they stay with the rank of their eigenvalue;
             "squared": they move as if coordinates were uncorrelated, v <- (O * O)^T v.
-        statistics: whether the gradient enters statistics and bases "after" the step it makes, or "before".
+        statistics: whether the gradient enters statistics and bases "after" the step it makes, or "before". With
+            "before" and a refresh in every step the first ones turn far: second moments that stay with their rank then
+            meet a momentum they have not seen, and the second step is 10 to 100 times as long as it should be. Such a
+            run needs "squared", or a warm-up (measured: logs/reference/soap_peers/).
         first_step: "skip" until there is a basis, as the published codes do, or "take" with the basis of its gradient;
             a matrix whose first gradient comes in a later step then has the identity for a basis until a refresh.
         seed: of the random partitions.
