@@ -8,6 +8,11 @@ The story in order: read a configuration, open the tokens, build model and optim
 
 from __future__ import annotations
 
+from training import early_signals
+
+if __name__ == "__main__":
+    early_signals.tell()  # before the imports below, which take seconds
+
 import os
 import statistics
 import sys
@@ -17,6 +22,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,13 +193,13 @@ class Run:
         self.spikes = SpikeGuard(config.guard)
         self.started = time.perf_counter()
         self.lock = ExitStack()
-        self.dir, found, resumed = rt.on_main(lambda: resume.begin(config, place, rt, self.lock))
+        beginning = rt.on_main(lambda: resume.begin(config, place, rt, self.lock))
+        self.dir, found = beginning.run, beginning.checkpoint
         position = rt.together(lambda: self.restore(found)) if found else 0
-        if resumed:
-            rt.on_main(lambda: resume.take_up(self.dir, found, rt))
+        rt.on_main(lambda: resume.take_up(beginning, rt))
         self.first_step = self.progress.step
         self.recent: deque[float] = deque(maxlen=50)  # seconds of the latest steps
-        self.checkpoints = Checkpoints(self.dir, config.checkpoint, rt, found.path if resumed and found else None)
+        self.checkpoints = Checkpoints(self.dir, config.checkpoint, rt, found.path if beginning.own else None)
         path = self.dir / "metrics.jsonl" if rt.is_main else None
         with run_directory.writing(self.dir):
             self.metrics = Metrics(path, config.train.steps, self.progress.step, position)
@@ -329,7 +335,8 @@ class Run:
             "settings": settings(self.config),
             **resume.surroundings(self.rt),
         }
-        self.checkpoints.save(content, gather_state(self.model, self.optimizers, self.rt), self.metrics.sync)
+        sync = partial(self.metrics.sync, content["metrics_bytes"])
+        self.checkpoints.save(content, gather_state(self.model, self.optimizers, self.rt), sync)
 
     def restore(self, checkpoint: Checkpoint) -> int:
         """Put everything where it was; returns how many bytes of metrics.jsonl belong to the steps until then."""
@@ -429,10 +436,15 @@ class Run:
         """Keep the result: the weights of a completed run, the summary of every run."""
         self.metrics.close()
         if self.rt.is_main:
-            with run_directory.writing(self.dir):
+            try:
                 if status == "completed":
                     save_weights(self.model, self.dir)
                 run_directory.write_json(self.dir / "summary.json", self.summary(status))
+            except OSError as error:
+                raise ConfigError(
+                    f"the result cannot be written to {self.dir}: {error.strerror or error}; make room there and do"
+                    f" what comes after the last checkpoint, {self.checkpoints.newest}, again: {self.how_to_go_on()}"
+                ) from error
         self.checkpoints.close(status == "completed")
         self.lock.close()
         self.tracker.finish(self.summary(status))

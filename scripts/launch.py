@@ -7,6 +7,7 @@ asked to stop.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import NoReturn
@@ -23,6 +24,7 @@ def hand_on(number: int, _frame: object) -> NoReturn:
 
 
 if __name__ == "__main__":
+    os.environ["TORCHRUN"] = "python -m scripts.launch"  # for the command that goes on, see training/resume.py
     signal.signal(signal.SIGUSR1, hand_on)
     try:
         run.main()

@@ -106,6 +106,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except OSError as error:
+        if not path.is_dir():
+            raise CheckpointError(f"there is no checkpoint {path}") from error
         raise CheckpointError(f"checkpoint {path} is damaged: cannot read {MANIFEST}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} is not valid JSON") from error

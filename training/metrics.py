@@ -33,7 +33,8 @@ class Metrics:
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
             if self._file.tell() < position:
                 warn(f"{path} is shorter than it was at step {step}, where the run goes on: earlier lines are missing")
-            self._file.truncate(min(position, self._file.tell()))
+                position = path.read_bytes().rfind(b"\n") + 1  # the next line must not join half of one
+            self._file.truncate(position)
         # a bar on a terminal only: in a log file it would be noise beside the status lines
         shown = path is not None and sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=step, disable=not shown, unit="step", dynamic_ncols=True, leave=False)
@@ -61,12 +62,12 @@ class Metrics:
         else:
             self._warned = False
 
-    def sync(self) -> None:
-        """Bring the lines to disk; raises OSError while some of them are refused."""
-        if self._pending:
-            raise OSError(errno.ENOSPC, f"{self._path} is not written to its end")
+    def sync(self, position: int) -> None:
+        """Bring the lines up to a `position` to disk, from any thread; raises OSError while some are refused."""
         if self._path:
             os.fsync(self._file.fileno())
+            if os.fstat(self._file.fileno()).st_size < position:
+                raise OSError(errno.ENOSPC, f"{self._path} is not written to its end")
 
     def say(self, text: str) -> None:
         """Print a line without tearing the bar."""

@@ -46,12 +46,17 @@ def resumed_config(place: str, given: list[str]) -> Config:
 class Beginning(NamedTuple):
     """The run directory, the checkpoint to go on from (None: the first step), and whether the run was there before.
 
-    A checkpoint for a run that was not there before is that of another run.
+    The checkpoint is that of another run where this one branches off, until it has one of its own.
     """
 
     run: Path
     checkpoint: Checkpoint | None
     resumed: bool
+
+    @property
+    def own(self) -> bool:
+        """Whether there is a checkpoint, and it lies in the run's directory."""
+        return self.checkpoint is not None and self.checkpoint.path.parent.parent.resolve() == self.run.resolve()
 
 
 def begin(config: Config, resume: str | None, rt: Runtime, held: ExitStack) -> Beginning:
@@ -63,6 +68,9 @@ def begin(config: Config, resume: str | None, rt: Runtime, held: ExitStack) -> B
     named), and ConfigError or CheckpointError if it cannot be taken up. Nothing in the directory of an old run is
     changed yet, see take_up.
     """
+    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        warn("torchrun started the run again, which goes on as by --resume auto")
+        resume = AUTO
     run, chosen = (_latest(config), None) if resume in (None, AUTO) else checkpoints.split(resume)
     if chosen and config.run_dir and Path(config.run_dir).resolve() != run.resolve():
         return _branch(config, chosen, rt, held)
@@ -76,11 +84,25 @@ def begin(config: Config, resume: str | None, rt: Runtime, held: ExitStack) -> B
         status = read_json(run / "summary.json", "status")["status"]
         if status in FINISHED and not (chosen and status == "diverged"):
             raise FinishedError(run, status)
-    found = checkpoints.read(chosen) if chosen else checkpoints.newest(run, warn)
+    found = _chosen(run, chosen) if chosen else checkpoints.newest(run, warn)
     _require_same(run, config, found)
+    if not found and (parent := parent_of(run)):
+        found = _chosen(run, Path(parent))
     if found:
         _tell_surroundings(found, rt)
     return Beginning(run, found, resumed=True)
+
+
+def _chosen(run: Path, place: Path) -> Checkpoint:
+    """The checkpoint at a place that the run, or its user, names."""
+    try:
+        return checkpoints.read(place)
+    except CheckpointError as error:
+        if place.parent.parent.resolve() != run.resolve():
+            raise CheckpointError(
+                f"{error}; {run} branched off from it and has no checkpoint of its own yet"
+            ) from error
+        raise CheckpointError(f"{error}; --resume {run} goes on from the newest that is whole") from error
 
 
 def _branch(config: Config, chosen: Path, rt: Runtime, held: ExitStack) -> Beginning:
@@ -89,19 +111,22 @@ def _branch(config: Config, chosen: Path, rt: Runtime, held: ExitStack) -> Begin
     found = checkpoints.read(chosen)
     _require_tokens(parent, config)
     held.enter_context(run_directory.locked(run))
-    run_directory.create(run, config, rt, parent=found.path)
+    run_directory.refuse_another(run)
     with run_directory.writing(run), suppress(FileNotFoundError):
         shutil.copyfile(parent / "metrics.jsonl", run / "metrics.jsonl")
+    run_directory.create(run, config, rt, parent=found.path)
     for change in differences(settings(config), _settings_in(found)):
         warn(f"the run branches off from {found.path} with {change}")
     return Beginning(run, found, resumed=False)
 
 
-def take_up(run: Path, checkpoint: Checkpoint | None, rt: Runtime) -> None:
-    """Set aside what the run will do once more, and record that it goes on; called on rank 0, after the restore."""
-    with run_directory.writing(run):
-        checkpoints.prepare(run, checkpoint)
-    run_directory.note_resumption(run, checkpoint.step if checkpoint else 0, rt)
+def take_up(beginning: Beginning, rt: Runtime) -> None:
+    """Set aside what a resumed run will do once more, and record that it goes on; called on rank 0, after restore."""
+    run, checkpoint, resumed = beginning
+    if resumed:
+        with run_directory.writing(run):
+            checkpoints.prepare(run, checkpoint if beginning.own else None)
+        run_directory.note_resumption(run, checkpoint.step if checkpoint else 0, rt)
 
 
 def _latest(config: Config) -> Path | None:
@@ -173,11 +198,11 @@ def how_to_go_on(run: Path, world_size: int) -> str:
 
 
 def _launcher(world_size: int) -> str:
-    """From what torchrun tells its ranks; where several nodes meet, it does not say."""
+    """From what torchrun, or scripts/launch.py, tells its ranks; where several nodes meet, it does not say."""
     if world_size == 1:
         return "python"
     nodes, restarts = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     here = os.environ.get("LOCAL_WORLD_SIZE", world_size)
     meeting = "--standalone" if nodes == "1" else f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT"
     again = f" --max-restarts={restarts}" if restarts != "0" else ""
-    return f"torchrun {meeting} --nproc_per_node={here}{again}"
+    return f"{os.environ.get('TORCHRUN', 'torchrun')} {meeting} --nproc_per_node={here}{again}"

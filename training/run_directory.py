@@ -45,16 +45,21 @@ def create(path: Path, config: Config, runtime: Runtime, parent: Path | None = N
     parent: the checkpoint of another run that it goes on from. Raises ConfigError when the directory already holds a
     run or cannot be written.
     """
-    if (path / "config.yaml").exists():
-        raise ConfigError(
-            f"{path} already holds a run; go on with it by --resume {path}, choose another run_dir or remove it"
-        )
+    refuse_another(path)
     with writing(path):
         origin = {"parent": str(parent.resolve())} if parent else {}
         write_json(path / "environment.json", _environment(runtime) | origin)
         _write_source(path)
         (path / DATA_MANIFEST).write_bytes(Path(config.data.path, "manifest.json").read_bytes())
         write_text(path / "config.yaml", to_yaml(config))  # last: a directory without it was cut off while it was made
+
+
+def refuse_another(path: Path) -> None:
+    """Raises ConfigError when the directory holds a run."""
+    if (path / "config.yaml").exists():
+        raise ConfigError(
+            f"{path} already holds a run; go on with it by --resume {path}, choose another run_dir or remove it"
+        )
 
 
 def new_path(config: Config) -> Path:

@@ -1,4 +1,7 @@
-"""Asked to stop: SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C become a flag that the loop reads between two steps."""
+"""Asked to stop: SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C become a flag that the loop reads between two steps.
+
+Before and after training see training/early_signals.py.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+import train_gpt2
 from scripts.kill_test import records, result
 from scripts.report.runs import read_runs
 
@@ -37,6 +38,24 @@ def test_a_run_that_diverged_branches_off_with_a_lower_learning_rate(settings, t
     assert summary["parent"] == str(place.resolve()) and summary["status"] == "completed"
     reading = read_runs([tmp_path])
     assert [found.path for found in reading.runs] == [run] and "branched off" in reading.notes[0]
+
+
+def test_a_branch_that_is_killed_before_its_first_checkpoint_begins_at_its_parents(settings, tmp_path, reference):
+    run, new = tmp_path / "run", tmp_path / "new"
+    Trainer([*settings, f"run_dir={run}"], partial(at_step, 7, partial(kill, signal.SIGTERM))).end().check(75)
+    branch = ["--resume", str(run / "checkpoints" / "step_00000006"), f"run_dir={new}"]
+    assert Trainer(branch, killed_at_the_first_checkpoint).end().code == -signal.SIGKILL
+    assert not list(new.glob("checkpoints/step_*[0-9]"))
+    elsewhere = run.rename(tmp_path / "elsewhere")
+    ended = Trainer(["--resume", str(new)]).end().check(2)
+    assert f"there is no checkpoint {run}" in ended.last and "has no checkpoint of its own yet" in ended.last
+    elsewhere.rename(run)
+    Trainer(["--resume", str(new)]).end().check(0)
+    assert result(new) == reference
+
+
+def killed_at_the_first_checkpoint() -> None:
+    train_gpt2.Checkpoints.save = lambda *_: kill(signal.SIGKILL)
 
 
 def test_a_branch_without_changes_is_the_same_run(settings, tmp_path, reference):

@@ -154,7 +154,9 @@ ROWS = {
         then=None,
     ),
     "disk full to the end": Row(
-        partial(at_step, 5, full_disk), 2, "error: cannot write the run directory .*run: .*File too large"
+        partial(at_step, 5, full_disk),
+        2,
+        r"error: the result cannot be written to .*File too large.*; make room .*step_00000003, again: python .*run\n",
     ),
     "checkpoints cannot be written": Row(
         partial(at_step, 2, file_for_folder), 0, NO_CHECKPOINT.format(3, "rank 0: ", "none"), then=None

@@ -1,16 +1,21 @@
 """A run is asked to stop where little or nothing of it exists yet, or where it cannot be saved."""
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 import train_gpt2
 from scripts.kill_test import result
+from training.run_directory import REPOSITORY
 
-from .harness import Trainer, arguments_of, at_step, check_disk, full_disk, kill
+from .harness import Trainer, arguments_of, at_step, check_disk, full_disk, kill, wait_for
 
 
 def while_it_begins(act) -> None:
@@ -24,7 +29,29 @@ def while_it_begins(act) -> None:
     train_gpt2.build_model = disturbed
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_before_torch_is_imported(number, auto):
+    """Sent as soon as the process catches all three."""
+    command = [sys.executable, "train_gpt2.py", *auto]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: all(catches(process.pid, number) for number in SIGNALS))
+    os.kill(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    code, word = (130, "interrupted") if number == signal.SIGINT else (75, "stopped")
+    assert process.returncode == code and out == ""
+    assert err == f"{word} outside of training, where there is nothing to save; the same command goes on\n"
+
+
+def catches(pid: int, number: int) -> bool:
+    (mask,) = re.findall(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_while_the_run_begins_is_heeded_at_its_first_step(number, auto, tmp_path, reference):
     ended = Trainer(auto, partial(while_it_begins, partial(kill, number))).end().check(75)
     assert ended.last.startswith("stopped after step 0; checkpoint: ")
@@ -42,6 +69,15 @@ def test_a_stop_that_cannot_be_saved_says_so_and_names_the_checkpoint_before(aut
     assert f"stopped after step 8, which could not be saved; checkpoint: {before}; go on with: " in ended.last
     check_disk(tmp_path / "run")
     Trainer(auto).end().check(0)
+    assert result(tmp_path / "run") == reference
+
+
+def test_torchruns_restart_goes_on_without_being_told_to(settings, tmp_path, reference):
+    """As with --max-restarts and no --resume: what was saved is not left lying beside a new run."""
+    command = [*settings, f"run_dir={tmp_path / 'run'}"]
+    assert Trainer(command, partial(at_step, 7, partial(kill, signal.SIGKILL))).end().code == -signal.SIGKILL
+    ended = Trainer(command, environment={"TORCHELASTIC_RESTART_COUNT": "1"}).end().check(0)
+    assert "torchrun started the run again" in ended.err and "taken up again after step 6" in ended.out
     assert result(tmp_path / "run") == reference
 
 

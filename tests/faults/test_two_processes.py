@@ -27,6 +27,7 @@ from .harness import (
 )
 
 LAUNCHER = "torchrun --standalone --nproc_per_node=2"
+LAUNCHED = LAUNCHER.replace("torchrun", "python -m scripts.launch")
 KILLED = -signal.SIGKILL
 LOST = "lost: another rank ended; what it said tells why; go on from the last checkpoint with --resume"
 
@@ -167,6 +168,6 @@ def test_torchrun_that_is_asked_to_stop_and_the_command_it_prints(number, script
     *_, line = done.stderr.splitlines()
     assert done.returncode == 75 and line.startswith("stopped after step"), done.stderr
     check_disk(tmp_path / "run")
-    again = torchrun(REPOSITORY / "train_gpt2.py", arguments_of(line.split("go on with: ")[1], LAUNCHER))
+    again = torchrun(REPOSITORY / "train_gpt2.py", arguments_of(line.split("go on with: ")[1], LAUNCHED))
     assert again.returncode == 0, again.stderr
     assert result(tmp_path / "run") == reference_of_two

@@ -32,10 +32,9 @@ def config(tiny):
 def start(config: Config, place: str | None = resume.AUTO) -> tuple[Path, int | None]:
     """The run directory and the step of the checkpoint it goes on from, with the lock given back."""
     with ExitStack() as held:
-        run, found, resumed = begin(config, place, RT, held)
-        if resumed:
-            take_up(run, found, RT)
-    return run, found and found.step
+        beginning = begin(config, place, RT, held)
+        take_up(beginning, RT)
+    return beginning.run, beginning.checkpoint and beginning.checkpoint.step
 
 
 def checkpoint(run: Path, config: Config, *steps: int) -> None:
@@ -112,7 +111,10 @@ def test_a_run_and_a_checkpoint_in_it(config, tmp_path):
     assert start(ours, str(folder / "step_00000006") + "/") == (run, 6)
     assert start(ours, str(run)) == (run, 6)  # the later one is set aside
     assert (folder / "step_00000009.aside").is_dir()
-    with pytest.raises(CheckpointError, match=r"step_00000099 is damaged: cannot read manifest.json"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"there is no checkpoint .*step_00000099; --resume .* goes on from the newest that is whole",
+    ):
         start(ours, str(folder / "step_00000099"))
 
 
