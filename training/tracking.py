@@ -5,11 +5,17 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Thread
 from typing import Any
 
 from training.config import Config
 from training.metrics import read_records, warn
+
+MAX_WAITING = 1000  # records that wait for a slow wandb before further ones are left out
+FINISH_SECONDS = 30  # longer than finish_timeout, wandb's own limit for the same
 
 
 class NoTracker:
@@ -23,26 +29,46 @@ class NoTracker:
 
 
 class WandbTracker(NoTracker):
-    """A wandb run that turns itself off, with one warning, when wandb fails."""
+    """A wandb run that a thread of its own feeds: never waited for in the loop, off after one warning when it fails."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
+        self._actions: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._off = Event()
+        self._told_full = False
+        # a daemon, because a process must be able to end while wandb does not answer
+        self._thread = Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
 
     def log(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        self._guard(lambda: self._run.log({kind: dict(values)}, step=step))
+        if self._off.is_set():
+            return
+        if self._actions.qsize() < MAX_WAITING:
+            self._actions.put(partial(_send, self._run, step, kind, dict(values)))
+        elif not self._told_full:
+            self._told_full = True
+            warn(f"wandb is too slow: with {MAX_WAITING:,} records waiting it misses the next; metrics.jsonl has all")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        self._guard(lambda: self._run.summary.update(dict(summary)))
-        self._guard(lambda: self._run.finish())
+        """Wait FINISH_SECONDS at most until wandb has taken what waits for it."""
+        self._actions.put(lambda: self._run.summary.update(dict(summary)))
+        self._actions.put(lambda: self._run.finish())
+        self._actions.put(None)
+        self._thread.join(FINISH_SECONDS)
+        if self._thread.is_alive():
+            self._off.set()
+            warn(f"wandb did not end within {FINISH_SECONDS} seconds and the rest was left out; metrics.jsonl has all")
 
-    def _guard(self, action: Callable[[], object]) -> None:
-        if self._run is None:
-            return
-        try:
-            action()
-        except Exception as error:
-            self._run = None
-            _warn(error)
+    def _work(self) -> None:
+        for action in iter(self._actions.get, None):
+            if self._off.is_set():
+                return
+            try:
+                action()
+            except Exception as error:
+                if not self._off.is_set():
+                    self._off.set()
+                    _warn(error)
 
 
 def start_tracker(config: Config, run_dir: Path, enabled: bool) -> NoTracker:
@@ -74,16 +100,19 @@ def start_tracker(config: Config, run_dir: Path, enabled: bool) -> NoTracker:
             resume="allow" if config.wandb.mode == "online" else None,
             settings=wandb.Settings(init_timeout=60, finish_timeout=20),
         )
-        tracker = WandbTracker(run)
         if config.wandb.mode == "offline":
             for record in read_records(run_dir / "metrics.jsonl"):
-                tracker.log(record.pop("step"), record.pop("kind"), record)
-        return tracker
+                _send(run, record.pop("step"), record.pop("kind"), record)
+        return WandbTracker(run)
     except ImportError:
         _warn("wandb is not installed; install it with: pip install -r requirements-extra.txt")
     except Exception as error:
         _warn(error)
     return NoTracker()
+
+
+def _send(run: Any, step: int, kind: str, values: dict[str, Any]) -> None:
+    run.log({kind: values}, step=step)
 
 
 def _run_id(run_dir: Path) -> str:

@@ -1,11 +1,14 @@
 """wandb as a guest: absent, refusing or breaking, it never stops a run. The package itself is used where installed."""
 
 import builtins
+import json
 import sys
+import threading
 import types
 
 import pytest
 
+from training import tracking
 from training.config import load_config
 from training.tracking import NoTracker, WandbTracker, start_tracker
 
@@ -72,6 +75,81 @@ def test_log_that_raises_turns_tracking_off_after_one_warning(capsys):
     tracker.finish({})
     assert run.calls == 1
     assert capsys.readouterr().err.count("disk full") == 1
+
+
+class Held:
+    """A wandb run that takes its first record when go_on is set, and keeps what it was told in order."""
+
+    def __init__(self):
+        self.told, self.entered, self.go_on = [], threading.Event(), threading.Event()
+        self.summary = types.SimpleNamespace(update=self.told.append)
+
+    def log(self, values, step):
+        self.entered.set()
+        self.go_on.wait()
+        self.told.append((step, values))
+
+    def finish(self):
+        self.told.append("finished")
+
+
+def test_a_wandb_that_never_answers_holds_up_neither_the_loop_nor_the_end(monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.1)
+    run = Held()
+    tracker = WandbTracker(run)
+    for step in range(20):
+        tracker.log(step, "train", {"loss": 1.0})
+    assert run.entered.wait(60)
+    tracker.finish({})
+    assert capsys.readouterr().err == (
+        "warning: wandb did not end within 0.1 seconds and the rest was left out; metrics.jsonl has all\n"
+    )
+    stuck = [thread for thread in threading.enumerate() if thread.name == "wandb"]
+    assert stuck and all(thread.daemon for thread in stuck)
+    run.go_on.set()
+    for thread in stuck:
+        thread.join(60)
+    assert run.told == [(0, {"train": {"loss": 1.0}})]
+
+
+def test_a_slow_wandb_gets_every_record_in_order_as_it_was_when_logged(capsys):
+    run, values = Held(), {}
+    tracker = WandbTracker(run)
+    for step in range(200):
+        values["loss"] = step
+        tracker.log(step, "train", values)
+    run.go_on.set()
+    tracker.finish({"val_loss": 1.0})
+    assert run.told == [(step, {"train": {"loss": step}}) for step in range(200)] + [{"val_loss": 1.0}, "finished"]
+    assert capsys.readouterr().err == ""
+
+
+def test_records_beyond_the_bound_are_left_out_and_told_once(monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "MAX_WAITING", 3)
+    run = Held()
+    tracker = WandbTracker(run)
+    tracker.log(0, "train", {})
+    assert run.entered.wait(60)  # no longer among those that wait
+    for step in range(1, 10):
+        tracker.log(step, "train", {})
+    run.go_on.set()
+    tracker.finish({})
+    assert run.told == [*((step, {"train": {}}) for step in range(4)), {}, "finished"]
+    assert capsys.readouterr().err == (
+        "warning: wandb is too slow: with 3 records waiting it misses the next; metrics.jsonl has all\n"
+    )
+
+
+def test_an_offline_run_taken_up_again_is_told_all_there_was_whatever_the_bound(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tracking, "MAX_WAITING", 1)
+    run = Held()
+    run.go_on.set()
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run, Settings=dict))
+    lines = [json.dumps({"kind": "train", "step": step, "loss": 1.0}) for step in range(20)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    start_tracker(config(), tmp_path, True).finish({})
+    assert run.told == [*((step, {"train": {"loss": 1.0}}) for step in range(20)), {}, "finished"]
+    assert capsys.readouterr().err == ""
 
 
 def test_offline_run_of_the_real_package(monkeypatch, tmp_path):
