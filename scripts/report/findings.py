@@ -36,7 +36,7 @@ class Method:
 
     best: Point
     range: Sensitivity
-    at_edge: bool  # the best learning rate is the grid's first or last
+    at_edge: bool  # the best learning rate is the first or last of several
     held_out: dict[int, float | None]  # loss by seed, at the learning rate chosen by the other seeds
     curves: Curves | None
     reached: Reached | None  # the target
@@ -112,7 +112,7 @@ def _method(rows: Sequence[Point], best: Point, target: float) -> Method:
     return Method(
         best=best,
         range=sensitivity(own, best, TOLERANCE),
-        at_edge=best.lr in (own[0].lr, own[-1].lr),
+        at_edge=len(own) > 1 and best.lr in (own[0].lr, own[-1].lr),
         held_out=held_out(own),
         curves=found,
         reached=reach(found, target) if found else None,
@@ -130,6 +130,9 @@ def _cautions(rows: Sequence[Point], methods: Sequence[Method], runs: Sequence[R
         yield "one seed only: differences may be noise, and nothing here can tell"
     for name in sorted({p.method for p in rows} - {m.name for m in methods}):
         yield f"{name} diverged at every learning rate that was tried"
+    single = [m.name for m in methods if len({p.lr for p in rows if p.method == m.name}) == 1]
+    if single:
+        yield f"run at one learning rate only, which need not be its best: {', '.join(single)}"
     for m in methods:
         if m.at_edge:
             yield f"{m.name} is best at the edge of its grid, {m.best.lr:g}: its optimum may lie outside"

@@ -22,7 +22,7 @@ from scripts.report import published, wandb_runs
 from scripts.report.effects import effects
 from scripts.report.findings import find, update_sizes
 from scripts.report.points import Point, best_points, curves, held_out, points, reach, sensitivity
-from scripts.report.runs import Run, read_runs
+from scripts.report.runs import Reading, Run, read_runs
 from scripts.report.tables import markdown
 from scripts.report.verdict import compare_all, holm, seeds_needed, track3, track3_pair
 from training.config import ConfigError, load_config, to_yaml
@@ -485,11 +485,23 @@ def test_findings_of_the_grid(grid):
     found = find(read_runs([grid]), None, 0.01, None)
     assert found.names == ["polar_express", "jordan", "adamw"]
     assert [m.best.lr for m in found.methods] == [0.02, 0.02, 0.001]
-    assert found.target == pytest.approx(9.01) and [m.at_edge for m in found.methods] == [False, False, True]
+    assert found.target == pytest.approx(9.01) and [m.at_edge for m in found.methods] == [False, False, False]
     assert all(pair.resolved for pair in found.verdict[:1]) and found.verdict[0].a == "polar_express"
     assert found.methods[1].range.open_high  # a seed diverged at the next learning rate
     text = " ".join(found.notes)
-    assert "adamw is best at the edge of its grid" in text and "polar_express is best" not in text
+    assert "run at one learning rate only, which need not be its best: adamw" in text and "is best at" not in text
+
+
+def test_a_best_learning_rate_at_the_edge_of_its_grid_is_told():
+    of = {lr: [point("a", lr, loss, loss + 0.01)] for lr, loss in ((0.01, 3.2), (0.02, 3.1), (0.04, 3.0))}
+    runs = [run for points_at in of.values() for p in points_at for run in p.runs]
+    for run in runs:
+        run.settings.update({"train.steps": 3, "optim.matrix.lr": run.lr, "seed": run.seed})
+    found = find(Reading(runs, []), None, 0.01, None)
+    assert (
+        found.methods[0].at_edge
+        and "a is best at the edge of its grid, 0.04: its optimum may lie outside" in found.notes
+    )
 
 
 def test_more_methods_than_a_figure_holds_are_in_the_tables_only(tmp_path):
