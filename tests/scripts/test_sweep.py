@@ -209,7 +209,6 @@ def test_the_sweeps_that_come_along_can_be_read(path):
         "gpu_hour": 60,
         "optimizers": 108,
         "bf16_arms": 108,
-        "jorge": 60,
     }
     counts |= {"paper_small_1B": 19, "paper_large_1B": 19, "controlled_small_1B": 162}
     assert len(expand(read_sweep(path))) == counts[path.stem]
