@@ -511,7 +511,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Config, str | None, bool]:
         if place not in (None, resume.AUTO):
             raise ConfigError("--from-run begins a run anew and --resume goes on with one; give one of the two")
         config = run_directory.redo_config(options.from_run, options.overrides)
-        for note in run_directory.changes_since(options.from_run):
+        for note in run_directory.redo_notes(options.from_run):
             tell(note)
     elif place in (None, resume.AUTO) or options.config:
         config = load_config(options.config, options.overrides)

@@ -34,6 +34,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 from optim import Jorge, Shampoo, jorge_from_sgd
 from scripts.bench_refresh import Seconds, median, seconds
 from scripts.convergence import pyplot
+from scripts.digits import load
 from scripts.report.figures import STYLE, looks
 from scripts.report.verdict import compare_all
 from training.config import ConfigError
@@ -72,13 +73,8 @@ def divided(images: Tensor, classes: Tensor) -> Digits:
 
 def digits() -> Digits:
     """Scikit-learn's, with pixels from 0 to 1; raises ConfigError where that is not installed."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        told = "the digits come with scikit-learn; install it with: pip install -r requirements-extra.txt"
-        raise ConfigError(told) from error
-    pixels, classes = load_digits(return_X_y=True)
-    return divided(torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(classes))
+    pixels, classes = load()
+    return divided(pixels.view(-1, 1, 8, 8) / 16, classes)
 
 
 def network(seed: int) -> nn.Sequential:

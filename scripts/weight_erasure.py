@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from optim import Muon
 from optim.modular import ModularDual, modular_tree
 from scripts.convergence import pyplot
+from scripts.digits import load
 from scripts.report.figures import STYLE, looks
 from training.config import ConfigError
 
@@ -80,14 +81,8 @@ class Digits(NamedTuple):
 
 def digits() -> Digits:
     """The first IMAGES of scikit-learn's; raises ConfigError where that is not installed."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        told = "the digits come with scikit-learn; install it with: pip install -r requirements-extra.txt"
-        raise ConfigError(told) from error
-    pixels, classes = load_digits(return_X_y=True)
-    x = torch.tensor(pixels[:IMAGES], dtype=torch.float32)
-    targets = F.one_hot(torch.tensor(classes[:IMAGES]), 10).float()
+    pixels, classes = load()
+    x, targets = pixels[:IMAGES], F.one_hot(classes[:IMAGES], 10).float()
     return Digits(x / x.square().mean(1, keepdim=True).sqrt(), targets, x[0].view(8, 8) >= 8)
 
 

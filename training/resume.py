@@ -68,7 +68,11 @@ def begin(config: Config, resume: str | None, rt: Runtime, held: ExitStack) -> B
     named), and ConfigError or CheckpointError if it cannot be taken up. Nothing in the directory of an old run is
     changed yet, see take_up.
     """
-    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    begun = (
+        config.run_dir and Path(config.run_dir, "config.yaml").exists()
+    )  # by the attempt before, perhaps as a branch
+    if restarted and resume != AUTO and (begun or resume is None):
         warn("torchrun started the run again, which goes on as by --resume auto")
         resume = AUTO
     run, chosen = (_latest(config), None) if resume in (None, AUTO) else checkpoints.split(resume)

@@ -157,13 +157,18 @@ def changes_since(run: str | Path) -> list[str]:
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             notes.append(f"note: {changed[0]}{more} changed since the run, whose source lies in {run / 'source.zip'}")
-    if parent := parent_of(run):
-        notes.append(f"note: the run went on from {parent}: done once more it begins at the first step")
     path = Path(load_config(config_of(run)).data.path)
     if not same_tokens(run, path):
         made_from = run / DATA_MANIFEST
         notes.append(f"note: {path / 'manifest.json'} is not that of the run, {made_from}: expect another result")
     return notes
+
+
+def redo_notes(run: str | Path) -> list[str]:
+    """What stands between a run and doing it once more, a sentence each."""
+    parent = parent_of(run)
+    branched = [f"note: the run went on from {parent}: done once more it begins at the first step"] if parent else []
+    return branched + changes_since(run)
 
 
 def same_tokens(run: Path, data: str | Path) -> bool:

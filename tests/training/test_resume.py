@@ -287,7 +287,7 @@ def test_a_branch_has_a_directory_and_settings_of_its_own_and_names_its_parent(c
     assert (new / "metrics.jsonl").read_text() == "one\n"
     assert load_config(new / "config.yaml").optim.matrix.lr == 0.5
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
-    assert any("went on from" in note for note in run_directory.changes_since(new))
+    assert any("went on from" in note for note in run_directory.redo_notes(new))
 
 
 def test_a_branch_into_a_run_or_with_other_tokens_is_refused(config, tokens, tmp_path):
@@ -302,6 +302,18 @@ def test_a_branch_into_a_run_or_with_other_tokens_is_refused(config, tokens, tmp
     with pytest.raises(ConfigError, match="tokens has changed since the run began"):
         branch(place, [f"run_dir={tmp_path / 'new'}", f"data.path={copy}"])
     assert not (tmp_path / "new").exists()
+
+
+def test_torchruns_restart_goes_on_from_the_newest_and_not_from_the_checkpoint_named(config, monkeypatch, tmp_path):
+    ours, new = config(), tmp_path / "new"
+    run, _ = start(ours)
+    checkpoint(run, ours, 3)
+    place, changes = run / "checkpoints" / "step_00000003", [f"run_dir={new}", "seed=5"]
+    assert branch(place, changes) == (new, 3)
+    branched = resumed_config(str(place), changes)
+    checkpoint(new, branched, 3, 6)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert start(branched, str(place)) == (new, 6)
 
 
 def test_auto_takes_no_branch_for_a_run_of_its_settings(config):
