@@ -29,11 +29,12 @@ def optim(optimizer, **keys):
 
 
 def take_steps(model, optimizers, count=3):
-    """On the loss of a few fixed tokens."""
-    tokens = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(0))
+    """On random gradients: those of a loss lack a rank behind a fresh LayerNorm, where dual maps follow rounding errors,
+    which differ from processor to processor."""
+    generator = torch.Generator().manual_seed(0)
     for _ in range(count):
-        model.zero_grad()
-        (model(tokens[:, :-1], tokens[:, 1:]) / 16).backward()
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
         for optimizer in optimizers.values():
             optimizer.step()
 
@@ -104,10 +105,8 @@ def test_an_optimizer_of_another_version_is_told():
 
 
 def polar(matrix):
-    """Of the rank that it has: gradients behind a fresh LayerNorm lack one."""
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    rank = int((s > 1e-5 * s[0]).sum())
-    return u[:, :rank] @ vh[:rank]
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ vh
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0])
