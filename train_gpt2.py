@@ -37,7 +37,8 @@ from data.tokenizers import tokenizer
 from model.gpt2 import GPT2
 from optim import RoutingError
 from training import guard, mfu, resume, run_directory, runtime
-from training.checkpoints import Checkpoint, CheckpointError, Checkpoints, step_of
+from training.checkpoints import FOLDER as CHECKPOINTS
+from training.checkpoints import Checkpoint, CheckpointError, Checkpoints, published, step_of
 from training.config import Config, ConfigError, key_help, load_config, settings, to_yaml
 from training.evaluation import Evaluation, evaluate
 from training.finished_run import load_run, model_config, sample_text, save_weights
@@ -423,6 +424,11 @@ class Run:
     def how_to_go_on(self) -> str:
         return resume.how_to_go_on(self.dir, self.rt.world_size)
 
+    def way_on(self) -> str:
+        """Where a run that met an error stands, as any rank finds it on disk, and how it can go on."""
+        found = published(self.dir / CHECKPOINTS)
+        return f"last checkpoint: {found[-1] if found else 'none'}; go on with: {self.how_to_go_on()}"
+
     def farewell(self, error: Stopped | DivergedError) -> str:
         """The last words of a run that was stopped or diverged: what is kept of it, and how it can go on."""
         step, last, newest = self.progress.step, self.checkpoints.last, self.checkpoints.newest
@@ -462,6 +468,7 @@ def train(config: Config, rt: Runtime, place: str | None = None) -> Path:
                 run.finish("diverged" if isinstance(error, DivergedError) else status)
             if isinstance(error, Stopped | DivergedError):
                 raise type(error)(run.farewell(error)) from error
+            error.add_note(run.way_on())
             raise
         run.finish("completed")
     return run.dir
@@ -549,17 +556,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if runtime.out_of_memory(error):
             return tell(out_of_memory(config, error), 4, alone=True)
         if lost := runtime.lost_rank(error, config.train):
-            return tell(f"lost: {lost}; go on from the last checkpoint with --resume", 5, alone=True)
+            return tell("; ".join([f"lost: {lost}", *notes(error)]), 5, alone=True)
         raise
     return 0
 
 
 def out_of_memory(config: Config, error: BaseException) -> str:
     rows, context = config.train.micro_batch, config.model.context
-    return (
-        f"out of memory with train.micro_batch={rows} sequences of {context} tokens: lower train.micro_batch, the"
-        f" result stays the same ({first_line(error)})"
-    )
+    said = f"out of memory with train.micro_batch={rows} sequences of {context} tokens ({first_line(error)})"
+    if rows == 1:
+        return f"{said}: fewer there are not; lower model.context or model.width, which makes another run"
+    lower = f"{said}: lower train.micro_batch, the result stays the same"
+    return "; ".join([lower, *(f"{note} train.micro_batch={rows // 2}" for note in notes(error))])
+
+
+def notes(error: BaseException) -> list[str]:
+    """How the run can go on, where it had begun when it met the error."""
+    return getattr(error, "__notes__", [])
 
 
 def first_line(error: BaseException) -> str:

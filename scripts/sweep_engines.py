@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,17 +39,25 @@ def submit(
     try:
         executor = submitit.AutoExecutor(folder=directory / ".slurm", cluster=cluster)
         executor.update_parameters(**{"name": directory.name} | parameters)
-        return executor.map_array(run_point, points, itertools.repeat(directory), itertools.repeat(nproc))
+        return executor.map_array(PointJob(), points, itertools.repeat(directory), itertools.repeat(nproc))
     except (NameError, TypeError, ValueError, submitit.core.utils.FailedJobError) as error:
         raise ConfigError(f"Slurm jobs cannot be submitted: {' '.join(str(error).split())}") from error
 
 
-def run_point(point: Point, directory: Path, nproc: int) -> Outcome:
-    """What one job does."""
-    workers = Workers(directory, find_places([point], 1, nproc))
-    with stoppable():  # scancel sends SIGTERM, which submitit would ignore
-        [(_, outcome)] = workers.run([point])
-    return outcome
+class PointJob:
+    """What one job does. One that is preempted, or comes to its time limit, saves its run and is queued again."""
+
+    def __call__(self, point: Point, directory: Path, nproc: int) -> Outcome:
+        workers = Workers(directory, find_places([point], 1, nproc))
+        with stoppable([signal.SIGTERM]):  # from scancel; submitit would ignore it
+            [(_, outcome)] = workers.run([point])
+        return outcome
+
+    def checkpoint(self, *arguments: Any) -> submitit.helpers.DelayedSubmission:
+        """The job once more, as submitit asks for it: the run goes on from where it was."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self, *arguments)
 
 
 def parse_parameters(text: str) -> dict[str, Any]:

@@ -96,13 +96,14 @@ def set_aside(directory: Path, run: Path) -> None:
     run.rename(aside)
 
 
-def goes_on(run: Path, point: Point) -> bool:
-    """Whether an unfinished run can be taken up from a checkpoint: same settings, same code, same tokens."""
+def obstacle_to(run: Path, point: Point) -> str:
+    """Why an unfinished run with checkpoints cannot be taken up: other settings, code or tokens; empty where it can."""
     try:
-        same = fingerprint(settings_of(run)) == point.fingerprint and not changes_since(run)
-    except ConfigError:
-        return False
-    return same and bool(published(run / CHECKPOINTS))
+        if fingerprint(settings_of(run)) != point.fingerprint:
+            return "its settings are not those of its name"
+        return "; ".join(note.removeprefix("note: ") for note in changes_since(run))
+    except ConfigError as error:
+        return str(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,7 +209,12 @@ class Workers:
             return time.monotonic() + statistics.median(self.seconds) > self.deadline
 
     def _train(self, point: Point, run: Path, place: Mapping[str, str], lock: int) -> Outcome:
-        resumed = goes_on(run, point)
+        resumed = bool(published(run / CHECKPOINTS))
+        if resumed and (obstacle := obstacle_to(run, point)):
+            resumed = False
+            print(
+                f"note: {point.name} begins anew, the old one lies in .aside: {obstacle}", file=sys.stderr, flush=True
+            )
         if run.exists() and not resumed:
             set_aside(self.directory, run)
         run.mkdir(parents=True, exist_ok=True)
@@ -261,8 +267,10 @@ class Workers:
             "resumed": resumed,
         }
         try:
-            with self.guard, (self.directory / "sweep.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with self.guard, (self.directory / "sweep.jsonl").open("a+b") as file:
+                file.seek(max(0, file.tell() - 1))
+                begin = b"" if file.read(1) in (b"", b"\n") else b"\n"  # after a line that was cut short
+                file.write(begin + json.dumps(line).encode() + b"\n")
         except OSError as error:  # the run itself has its result
             self.obstacle = f"cannot write {self.directory / 'sweep.jsonl'}: {error.strerror}"
 
@@ -286,18 +294,18 @@ class Workers:
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
     """Signals to stop end the block once, so that what cleans up is not interrupted itself.
 
     Ctrl-C does by KeyboardInterrupt, the others by SystemExit with the exit code of a trainer that was asked to stop.
     """
 
     def interrupt(number: int, _frame: object) -> None:
-        for other in SIGNALS:
+        for other in numbers:
             signal.signal(other, lambda *_: None)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(STOPPED)
 
-    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:

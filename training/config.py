@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -461,6 +462,8 @@ class Config:
     """Weights & Biases."""
 
     def __post_init__(self) -> None:
+        inside = os.path.dirname(os.path.normpath(os.path.join("logs", self.name))) == "logs"
+        _require(inside, f"name must be that of a folder in logs/, got {self.name!r}")
         _require(0 <= self.seed < 2**63, f"seed must lie between 0 and 2^63, got {self.seed}")
         tokens, context = self.train.batch_tokens, self.model.context
         _require(

@@ -168,8 +168,8 @@ def _require_same(run: Path, config: Config, checkpoint: Checkpoint | None) -> N
 def _require_tokens(run: Path, config: Config) -> None:
     if not run_directory.same_tokens(run, config.data.path):
         raise ConfigError(
-            f"{config.data.path} has changed since the run began, see {run / run_directory.DATA_MANIFEST}; bring the"
-            " tokens back, or start a new run"
+            f"{config.data.path} holds other tokens than those that the run began with: its manifest.json is not the"
+            f" same as {run / run_directory.DATA_MANIFEST}; bring those tokens back, or start a new run"
         )
 
 

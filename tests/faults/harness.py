@@ -186,6 +186,22 @@ def kill(number: int, _run: object = None) -> None:
     os.kill(os.getpid(), number)
 
 
+SPIKED = ["train.steps=24", "train.eval_every=24", "guard.window=16"]  # what a run needs for one
+
+
+def spike(run) -> None:
+    """A loss, and a gradient, 30 times as large, for one step."""
+    hook = run.parallel.register_forward_hook(lambda _model, _inputs, loss: 30 * loss)
+    run.optimizers["adamw"].register_step_post_hook(lambda *_: hook.remove())
+    zero_grad = run.model.zero_grad
+
+    def skipped(*args, **options):
+        hook.remove()
+        zero_grad(*args, **options)
+
+    run.model.zero_grad = skipped
+
+
 def limit_files(size: int) -> None:
     """From now on no file can be written beyond `size` bytes: what a full disk refuses, without one."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))

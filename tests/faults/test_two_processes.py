@@ -15,6 +15,7 @@ from scripts.kill_test import records, result
 from training.run_directory import REPOSITORY
 
 from .harness import (
+    SPIKED,
     Fault,
     arguments_of,
     at_step,
@@ -24,12 +25,14 @@ from .harness import (
     nothing,
     out_of_gpu_memory,
     ranks,
+    spike,
 )
 
 LAUNCHER = "torchrun --standalone --nproc_per_node=2"
 LAUNCHED = LAUNCHER.replace("torchrun", "python -m scripts.launch")
 KILLED = -signal.SIGKILL
-LOST = "lost: another rank ended; what it said tells why; go on from the last checkpoint with --resume"
+WAY_ON = r"; last checkpoint: \S+/step_0000000[36]; go on with: " + LAUNCHER + r" train_gpt2.py --resume \S+/run"
+LOST = "lost: another rank ended; what it said tells why" + WAY_ON
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
@@ -58,8 +61,13 @@ class Row:
     says: tuple[str, str]
 
 
-HANGS = r"lost: another rank did not answer for 0.1 minutes \(train.hang_minutes\): it hangs, or is slower than that.*"
-MEMORY = "out of memory with train.micro_batch=2 sequences of 64 tokens: lower train.micro_batch.*"
+HANGS = (
+    r"lost: another rank did not answer for 0.1 minutes \(train.hang_minutes\): it hangs, or is slower than that.*"
+    + WAY_ON
+)
+MEMORY = (
+    r"out of memory with train.micro_batch=2 sequences of 64 tokens \(CUDA .*\): lower train.micro_batch.*" + WAY_ON
+)
 ROWS = {
     "rank 1 killed": Row((nothing, partial(at_step, 7, partial(kill, signal.SIGKILL))), (5, KILLED), (LOST, "")),
     "rank 0 killed": Row(
@@ -69,7 +77,9 @@ ROWS = {
         (nothing, partial(in_evaluation, 1, partial(kill, signal.SIGKILL))), (5, KILLED), (LOST, "")
     ),
     "rank 1 hangs": Row((nothing, partial(at_step, 7, partial(kill, signal.SIGSTOP))), (5, KILLED), (HANGS, "")),
-    "rank 1 out of memory": Row((nothing, partial(at_step, 7, out_of_gpu_memory)), (5, 4), (LOST, f"rank 1: {MEMORY}")),
+    "rank 1 out of memory": Row(
+        (nothing, partial(at_step, 7, out_of_gpu_memory)), (5, 4), (LOST, f"rank 1: {MEMORY} train.micro_batch=1")
+    ),
 }
 
 
@@ -91,6 +101,20 @@ def test_the_loss_of_a_rank(row, auto, tmp_path, reference_of_two):
         rank.end().check(0)
     assert result(tmp_path / "run") == reference_of_two
     check_disk(tmp_path / "run", completed=True)
+
+
+@pytest.mark.parametrize("on_spike, code", [("skip", 0), ("stop", 3)])
+def test_a_spike_on_one_rank_is_one_for_both(on_spike, code, settings, tmp_path):
+    """Ranks that decided differently would wait for each other."""
+    run = tmp_path / "run"
+    command = [*settings, *SPIKED, f"guard.on_spike={on_spike}", "train.hang_minutes=0.5", f"run_dir={run}"]
+    first, second = (rank.end().check(code) for rank in ranks(command, nothing, partial(at_step, 20, spike)))
+    assert second.err == ""
+    if on_spike == "skip":
+        assert [r["step"] for r in records(run) if r.get("skipped")] == [21]
+    else:
+        assert first.err.startswith("diverged: step 20: a spike (loss_z ")
+    check_disk(run, completed=code == 0)
 
 
 def test_one_rank_goes_on_with_what_two_began(settings, tmp_path, reference_of_two):

@@ -262,6 +262,23 @@ def test_a_half_written_run_is_set_aside_and_never_counted(write, tmp_path, fake
     assert len(finished_runs(directory)) == 4
 
 
+def test_a_run_that_cannot_be_taken_up_begins_anew_and_says_why(write, tmp_path, fake, capfd):
+    path, directory = write(seeds=1), tmp_path / "dir"
+    first, second = expand(read_sweep(path))
+    for point in (first, second):
+        (directory / point.name / "checkpoints" / "step_00000100").mkdir(parents=True)
+        (directory / point.name / "config.yaml").write_text(to_yaml(point.config))
+    with zipfile.ZipFile(directory / first.name / "source.zip", "w") as archive:
+        archive.writestr("train_gpt2.py", "print('once it was shorter')")
+    (directory / second.name / "config.yaml").write_text("seed: 7")
+    assert run(path, directory) == 0
+    said = capfd.readouterr().err
+    assert f"note: {first.name} begins anew, the old one lies in .aside: train_gpt2.py changed since the run" in said
+    assert f"note: {second.name} begins anew, the old one lies in .aside: its settings are not those of its" in said
+    assert all((directory / ".aside" / point.name / "checkpoints").is_dir() for point in (first, second))
+    assert [attempt["resumed"] for attempt in attempts(directory)] == [False, False]
+
+
 def test_a_branch_of_another_run_is_no_run_of_a_point(write, tmp_path, fake):
     """Its settings may be those of a point, but it did not begin with them."""
     path, directory = write(), tmp_path / "dir"
@@ -270,8 +287,9 @@ def test_a_branch_of_another_run_is_no_run_of_a_point(write, tmp_path, fake):
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"parent": "elsewhere/checkpoints/step_00000003"}))
     assert len(finished_runs(directory)) == 3
     with (directory / "sweep.jsonl").open("a") as file:
-        file.write("7\n")  # a line, but of nothing
+        file.write('7\n{"time": "2026-')  # a line, but of nothing, and one that a full disk cut short
     assert run(path, directory) == 0 and len(finished_runs(directory)) == 4
+    assert [attempt["status"] for attempt in attempts(directory)] == 5 * ["completed"]
 
 
 def test_two_sweeps_in_one_directory_share_the_points(write, tmp_path, fake, act):
@@ -449,6 +467,35 @@ def test_real_runs_one_of_them_in_a_job_of_submitit(write, tmp_path, capsys):
     assert "final validation loss" in (directory / points[0].name / "stdout.log").read_text()
 
 
+LONG = {  # keys of a run that can be stopped on its way
+    "train.steps": 300,
+    "data.epochs": 2,
+    "train.eval_every": 300,
+    "train.inspect_every": 0,
+    "checkpoint.every": 100,
+}
+
+
+def steps_taken(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the job among the processes of Linux")
+def test_a_job_that_is_preempted_saves_its_run_and_goes_on_when_it_is_started_again(write, tmp_path):
+    submitit = pytest.importorskip("submitit")
+    path, directory = write(seeds=1, axes={"optim.matrix.lr": [0.01]}, keys=LONG), tmp_path / "dir"
+    [point] = expand(read_sweep(path))
+    [job] = sweep_engines.submit([point], directory, 1, {"timeout_min": 5}, cluster="local")
+    wait_for(lambda: steps_taken(directory / point.name) > 20)
+    (task,) = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
+    os.kill(int(task), submitit.JobEnvironment._usr_sig())  # Slurm's warning
+    assert job.result().status == "completed"
+    assert [(a["status"], a["resumed"]) for a in attempts(directory)] == [("interrupted", False), ("completed", True)]
+    (again,) = (directory / point.name / "resumed.jsonl").read_text().splitlines()
+    assert json.loads(again)["step"] > 20
+
+
 def test_slurm_that_is_not_there_or_misread_is_told(write, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert run(write(), tmp_path / "dir", "--slurm", "timeout_min=5") == 2
@@ -481,29 +528,19 @@ def test_a_wandb_sweep_is_the_same_grid(write, capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the runs of a killed sweep go on")
 def test_the_runs_of_a_stopped_or_killed_sweep_save_themselves_and_go_on_where_they_were(write, tmp_path):
-    keys = {
-        "train.steps": 300,
-        "data.epochs": 2,
-        "train.eval_every": 300,
-        "train.inspect_every": 0,
-        "checkpoint.every": 100,
-    }
-    path, directory = write(seeds=1, axes={"optim.matrix.lr": [0.01]}, keys=keys), tmp_path / "dir"
+    path, directory = write(seeds=1, axes={"optim.matrix.lr": [0.01]}, keys=LONG), tmp_path / "dir"
     [point] = expand(read_sweep(path))
-    metrics, summary = directory / point.name / "metrics.jsonl", directory / point.name / "summary.json"
-
-    def steps_taken() -> int:
-        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    at, summary = directory / point.name, directory / point.name / "summary.json"
 
     def is_free() -> bool:
         with locked(directory, point) as lock:
             return lock is not None
 
     for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
-        before = steps_taken()
+        before = steps_taken(at)
         process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(run(path, directory)))
         process.start()
-        wait_for(lambda before=before, process=process: steps_taken() > before + 20 or not process.is_alive())
+        wait_for(lambda before=before, process=process: steps_taken(at) > before + 20 or not process.is_alive())
         os.kill(process.pid, number)
         process.join(60)
         assert process.exitcode == code
@@ -525,20 +562,3 @@ def test_a_run_whose_sweep_died_before_it_could_begin_does_not_begin(tmp_path, m
     monkeypatch.setattr(os, "getpid", lambda: 0)
     assert subprocess.run(sweep_workers.ending_with_us(["touch", str(tmp_path / "begun")])).returncode == 143
     assert not (tmp_path / "begun").exists()
-
-
-@pytest.mark.parametrize("change", ["settings", "source", "checkpoint"])
-def test_a_run_of_another_code_or_configuration_is_not_taken_up(write, tmp_path, change):
-    [point, *_] = expand(read_sweep(write()))
-    run = tmp_path / point.name
-    (run / "checkpoints/step_00000002").mkdir(parents=True)
-    (run / "config.yaml").write_text(to_yaml(point.config))
-    assert sweep_workers.goes_on(run, point)
-    if change == "settings":
-        (run / "config.yaml").write_text(to_yaml(replace(point.config, seed=7)))
-    elif change == "source":
-        with zipfile.ZipFile(run / "source.zip", "w") as archive:
-            archive.writestr("train_gpt2.py", "another story")
-    else:
-        shutil.rmtree(run / "checkpoints")
-    assert not sweep_workers.goes_on(run, point)

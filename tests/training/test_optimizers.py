@@ -29,8 +29,8 @@ def optim(optimizer, **keys):
 
 
 def take_steps(model, optimizers, count=3):
-    """On random gradients: those of a loss lack a rank behind a fresh LayerNorm, where dual maps follow rounding errors,
-    which differ from processor to processor."""
+    """On random gradients: those of a loss lack a rank behind a fresh LayerNorm, and there dual maps follow rounding
+    errors, which differ from processor to processor."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(count):
         for p in model.parameters():
