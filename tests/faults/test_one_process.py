@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from scripts.kill_test import records, result
+from scripts.report.wandb_runs import read_offline
 from training import checkpoints
 
 from .harness import (
@@ -474,3 +475,22 @@ def test_wandb_without_an_answer_delays_a_run_and_changes_nothing(server, auto, 
     ended = Trainer([*auto, "wandb.mode=online"], environment=environment).end(200)
     assert ended.code == 0 and ended.err.count("the run goes on without wandb") == 1 and "Traceback" not in ended.err
     assert result(tmp_path / "run") == reference
+
+
+@pytest.mark.slow
+def test_an_offline_wandb_run_taken_up_twice_is_one_run_and_whole(auto, tmp_path, reference):
+    """wandb cannot go on with an offline run, and `wandb sync` keeps one of several with the same id."""
+    pytest.importorskip("wandb")
+    run, command = tmp_path / "run", [*auto, "wandb.mode=offline"]
+    for step in (5, 8):
+        stop = partial(at_step, step, partial(kill, signal.SIGTERM))
+        Trainer(command, stop, {"WANDB_SILENT": "true"}).end().check(75)
+    Trainer(command, environment={"WANDB_SILENT": "true"}).end().check(0)
+    assert result(run) == reference
+    name = (run / "wandb_id.txt").read_text().strip()
+    assert [path.name.endswith(name) for path in run.glob("wandb/superseded-offline-run-*")] == [True, True]
+    (kept,) = run.glob("wandb/offline-run-*")
+    stored = read_offline(kept / f"run-{name}.wandb")
+    losses = {step: record["loss"] for step, record in stored.records["val"].items()}
+    assert losses == {r["step"]: r["loss"] for r in records(run) if r["kind"] == "val"} and len(losses) > 2
+    assert stored.summary["val_loss"] == json.loads((run / "summary.json").read_text())["val_loss"]
