@@ -155,18 +155,30 @@ def rotation(p: Tensor, index: Tensor, method: str, where: Tensor) -> tuple[Rota
     ranking = diagonal.gather(-1, index).argsort(dim=-1, descending=True, stable=True)
     ranked = index.gather(-1, ranking)
     block = _at_least_float32(_submatrix(p, ranked))
-    identity = torch.eye(index.size(-1), dtype=block.dtype, device=p.device)
-    sound = where & block.isfinite().flatten(1).all(dim=-1)
-    matrix = REFRESHES[method](block.where(sound.view(-1, 1, 1), identity))
-    sound = sound & matrix.isfinite().flatten(1).all(dim=-1)
-    matrix = _submatrix(matrix.where(sound.view(-1, 1, 1), identity), ranking.argsort(dim=-1))
-    return Rotation(index, matrix), sound
+    matrix, sound = _where_finite(REFRESHES[method], block, where)
+    return Rotation(index, _submatrix(matrix, ranking.argsort(dim=-1))), sound
+
+
+def _where_finite(step: Callable[[Tensor], Tensor], x: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """step(x) for those of x (k, n, n) which are finite, as the result is, among `where` (k,); the identity for others.
+
+    Also returns (k,), which those are.
+    """
+    identity = torch.eye(x.size(-1), dtype=x.dtype, device=x.device)
+    sound = where & x.isfinite().flatten(1).all(dim=-1)
+    y = step(x.where(sound.view(-1, 1, 1), identity))
+    sound = sound & y.isfinite().flatten(1).all(dim=-1)
+    return y.where(sound.view(-1, 1, 1), identity), sound
 
 
 def _submatrix(matrices: Tensor, index: Tensor) -> Tensor:
     """The rows and columns `index` (k, r) of matrices (k, n, n): (k, r, r). Two gathers, twice as fast as p[i, j]."""
-    rows = matrices.gather(-2, index.unsqueeze(-1).expand(-1, -1, matrices.size(-1)))
-    return rows.gather(-1, index.unsqueeze(-2).expand(-1, index.size(-1), -1))
+    return _columns(matrices.gather(-2, index.unsqueeze(-1).expand(-1, -1, matrices.size(-1))), index)
+
+
+def _columns(matrices: Tensor, index: Tensor) -> Tensor:
+    """The columns `index` (k, r) of matrices (k, n, any): (k, n, r)."""
+    return matrices.gather(-1, index.unsqueeze(-2).expand(-1, matrices.size(-2), -1))
 
 
 @dataclass(frozen=True)
@@ -214,10 +226,26 @@ class Eigenbasis:
 
     def refresh(self, refresh: Refresh, turn: int, where: Tensor) -> tuple[Rotation, Tensor]:
         """Turns the bases of the matrices `where` (k,); returns the rotation, and which bases turned, (k,)."""
+        if self.storage == "S" and refresh.method == "qr" and refresh.fraction == 1:
+            return self._iterate(where)
         rotation, sound = refresh.rotation(self.coordinates(), turn, where)
         rotation.turn(self.basis.mT)
         if self.storage == "P":
             rotation.conjugate(self.statistic)
+        return rotation, sound
+
+    def _iterate(self, where: Tensor) -> tuple[Rotation, Tensor]:
+        """The refresh of a whole basis by qr(S Q): what qr(P) would do, with a product less, and no drift of Q."""
+        statistic = _at_least_float32(self.statistic)
+        basis = self.basis.to(statistic.dtype)
+        image = statistic @ basis
+        ranking = (basis * image).sum(dim=-2).argsort(dim=-1, descending=True, stable=True)  # by the diagonal of P
+        turned, sound = _where_finite(orthogonal_iteration, _columns(image, ranking), where)
+        turned, each = _columns(turned, ranking.argsort(dim=-1)), sound.view(-1, 1, 1)
+        identity = torch.eye(basis.size(-1), dtype=basis.dtype, device=basis.device)
+        index = torch.arange(basis.size(-1), device=basis.device).expand(len(basis), -1)
+        rotation = Rotation(index, (basis.mT @ turned).where(each, identity))
+        self.basis.copy_(turned.where(each, basis))
         return rotation, sound
 
     def polish(self) -> None:

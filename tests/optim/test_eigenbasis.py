@@ -279,21 +279,27 @@ def test_factorizations_never_see_less_than_float32(method, monkeypatch):
     assert seen == [torch.float32] * 4 + [torch.float64] * 2
 
 
+def drift_after(storage, polish_interval, refreshes=309):
+    """Of a bfloat16 basis refreshed on statistics that have nothing to do with each other."""
+    factor = started(covariance(n=32), storage, torch.bfloat16)
+    for turn in range(refreshes):
+        root = torch.randn(2, 32, 40, generator=torch.Generator().manual_seed(turn))
+        factor.statistic.copy_(root @ root.mT)
+        factor.refresh(Refresh("qr"), turn, ALL)
+        if polish_interval and (turn + 1) % polish_interval == 0:
+            factor.polish()
+    return drift(factor.basis)
+
+
 def test_polish_holds_a_bfloat16_basis_together():
     """Turned and rounded 309 times, it drifts; with a Newton-Schulz step every tenth time it does not."""
-    drifts = {}
-    for interval in (0, 10):
-        factor = started(covariance(n=32), "S", torch.bfloat16)
-        for turn in range(309):
-            generator = torch.Generator().manual_seed(turn)
-            root = torch.randn(2, 32, 40, generator=generator)
-            factor.statistic.copy_(root @ root.mT)
-            factor.refresh(Refresh("qr"), turn, ALL)
-            if interval and (turn + 1) % interval == 0:
-                factor.polish()
-        drifts[interval] = drift(factor.basis)
-    assert drifts[0] > 2e-2
-    assert drifts[10] < 1e-2
+    assert drift_after("P", 0) > 2e-2
+    assert drift_after("P", 10) < 1e-2
+
+
+def test_a_basis_made_anew_from_S_does_not_drift():
+    """It is rounded once, however often it is refreshed."""
+    assert drift_after("S", 0) < 2 * drift_after("S", 0, refreshes=1) < 1e-2
 
 
 def test_polish_leaves_an_error_squared():
