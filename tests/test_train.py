@@ -66,6 +66,7 @@ def test_inspections_tell_orthogonality_sizes_and_time(tiny, tmp_path):
         assert direction["largest"] == pytest.approx(1, abs=1e-4)
         # LayerNorms that have hardly moved leave gradients one rank short, and the SVD keeps their rank
         assert direction["error"] == pytest.approx(1 - direction["smallest"] ** 2, abs=1e-4)
+        assert direction["median"] < 1e-5
     assert 0 < found[0]["update_to_weight"]["h.*.mlp.c_fc.weight"] < 1
     assert set(found[0]["milliseconds"]) == {"muon", "adamw"}
 

@@ -31,7 +31,13 @@ FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster 
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is one sentence that names the key."""
+    """A configuration that cannot be run; the message is one sentence that names the key.
+
+    What cannot be printed is escaped: the sentence may quote a file of somebody else's.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence))
 
 
 def _require(condition: bool, message: str) -> None:
@@ -428,6 +434,8 @@ class WandbConfig:
     """Project the run appears in."""
     group: str | None = None
     """Group, such as the name of a sweep; null is the run's name."""
+    job_type: str | None = None
+    """Job type, such as a method of a sweep; null is the orthogonalizer, or the optimizer where there is none."""
     tags: list[str] = field(default_factory=list)
     """Tags beside those made from the optimizer and the model."""
 

@@ -23,9 +23,10 @@ def inspect_step(
     """Take one optimizer step and tell about it.
 
     Returns {"milliseconds": {optimizer: ms}, "update_to_weight": {kind of parameter: RMS of the change over RMS of
-    the weights}, "directions": {"MxN": {name, smallest, largest, error}}}: for one sampled matrix of each shape
-    (the middle one) its extreme singular values and max |s^2 - 1|, the orthogonality error ||X X^T - I||_2. None of
-    Scion and ModularDual, whose directions have lengths in norms of their own.
+    the weights}, "directions": {"MxN": {name, smallest, largest, error, median}}}: for one sampled matrix of each
+    shape (the middle one) its extreme singular values, max |s^2 - 1|, the orthogonality error ||X X^T - I||_2, and the
+    median of |s^2 - 1|: a gradient that lacks a rank, as those behind a fresh LayerNorm do, has an error of 1 whatever
+    the orthogonalizer. None of Scion and ModularDual, whose directions have lengths in norms of their own.
     """
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     sampled: dict[str, tuple[str, Tensor]] = {}
@@ -65,5 +66,11 @@ def _update_to_weight(model: nn.Module, before: dict[str, Tensor]) -> dict[str, 
 
 def _spectrum(name: str, matrix: Tensor) -> dict[str, Any]:
     values = torch.linalg.svdvals(matrix.float())
-    error = (values.square() - 1).abs().max().item()
-    return {"name": name, "smallest": values[-1].item(), "largest": values[0].item(), "error": error}
+    errors = (values.square() - 1).abs()
+    return {
+        "name": name,
+        "smallest": values[-1].item(),
+        "largest": values[0].item(),
+        "error": errors.max().item(),
+        "median": errors.median().item(),
+    }

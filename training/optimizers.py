@@ -30,6 +30,7 @@ from optim import (
     routing_rows,
 )
 from optim.modular import ModularDual
+from optim.orthogonalizers import EXACT
 from training.config import ConfigError, MatrixConfig, OptimConfig
 from training.modular_trees import gpt2_tree
 
@@ -99,7 +100,8 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float
 # What they are built with
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ORTHOGONALIZER_KEYS = ("orthogonalizer", "steps", "dtype", "margin", "path", "normalizer", "allow_unsafe")
+ITERATION_KEYS = ("steps", "margin", "path", "normalizer", "allow_unsafe")  # exact orthogonalizers have none of these
+ORTHOGONALIZER_KEYS = ("orthogonalizer", "dtype", *ITERATION_KEYS)
 
 
 def build_orthogonalizer(config: MatrixConfig) -> Orthogonalizer:
@@ -269,6 +271,8 @@ def keys_read(settings: Mapping[str, Any]) -> Callable[[str], bool]:
     keys, sections = READS[name]
     if "soap" in sections and settings["optim.soap.orthogonalize"]:
         keys += ORTHOGONALIZER_KEYS
+    if settings["optim.matrix.orthogonalizer"] in EXACT:
+        keys = tuple(key for key in keys if key not in ITERATION_KEYS)
     read = {"optim.grad_clip", *(f"optim.matrix.{key}" for key in ("optimizer", "lr", "weight_decay", *keys))}
     return lambda key: not key.startswith("optim.") or key in read or key.split(".")[1] in sections
 

@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for note in reading.notes:
-        print(note, file=sys.stderr)
+    for note in findings.notes:
+        print(f"note: {note}", file=sys.stderr)
     print(f"{headline(findings)}\n\npage: {options.out / 'report.html'}")
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ MARKERS = "osD^vPX*"  # one more than colours, so that both repeat together only
 DASHES = ("-", "--", ":", "-.")
 HIDDEN = re.compile(r"(attn|mlp)\.\w+\.weight$")  # the kinds of parameter that a matrix optimizer moves
 PUBLISHED = ", published"
+CROWD = 8  # methods whose lines can be told apart in one frame
 WIDTH = 4.3  # inches: on a phone the text is then about as large as the page's
 STYLE = {
     "font.size": 9,
@@ -71,9 +73,23 @@ def save(name: str, folder: Path, draw: Callable[[Figure], None], inches: float)
     return svg[svg.index("<svg") :]
 
 
-def legend_inches(names: Sequence[str]) -> float:
-    """Height of the legend of these lines."""
-    return 0.16 * -(-len(names) // _columns(names))
+def with_legend(draw: Callable[[Figure], None]) -> Callable[[Figure], None]:
+    """The drawing in a figure made higher by a legend below: names beside the lines would cover other lines."""
+
+    def both(figure: Figure) -> None:
+        draw(figure)
+        of = [axes.get_legend_handles_labels() for axes in figure.axes]
+        handles, labels = max(of, key=lambda pair: len(pair[1]))  # of the panel with most lines
+        if not labels:
+            return
+        own_first = sorted(zip(handles, labels, strict=True), key=lambda pair: pair[1].endswith(PUBLISHED))
+        handles, labels = zip(*own_first, strict=True)
+        longest = max(map(len, labels))
+        columns = 3 if longest <= 14 else 2 if longest <= 26 else 1
+        figure.set_figheight(figure.get_figheight() + 0.16 * -(-len(labels) // columns))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, handlelength=2.6)
+
+    return both
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,25 +105,38 @@ def loss_vs_lr(
 ) -> Callable[[Figure], None]:
     """Means and standard deviations over the seeds, the seeds themselves faint; diverged points at the upper edge.
 
+    More than CROWD methods at a learning rate stand side by side in the order of the legend, without lines: a dozen
+    lines that share their shape hide each other, while columns cannot, and keep the losses readable off the axis.
+
     headroom: nats per token that are shown above the best of the worst method, at least.
     """
     lrs = sorted({p.lr for p in rows} | {lr for line in published.values() for lr in line})
+    crowded = is_crowded(rows)
+    spread = _spread(rows, 0.8 if crowded else 0.3)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for i, (method, look) in enumerate(style.items()):
             own = [p for p in rows if p.method == method]
-            shift = np.exp(_dodge(rows) * ((i + 0.5) / len(style) - 0.5))
-            _one_method(axes, method, own, look, shift)
+            shift = np.exp(spread * ((i + 0.5) / len(style) - 0.5))
+            _one_method(axes, method, own, look | {"linestyle": "none"} if crowded else look, shift)
         for i, (name, line) in enumerate(published.items()):
             look = {"color": "0.45", "marker": MARKERS[i], "linestyle": "--", "mfc": "white"}
             axes.plot(line.keys(), line.values(), label=name + PUBLISHED, lw=1, ms=4, **look)
         axes.set(xscale="log", xlabel="learning rate of the hidden matrices", ylabel="validation loss (nats per token)")
         _ticks(axes, lrs)
         _limit(axes, rows, [p.mean for p in best] + [min(line.values()) for line in published.values()], headroom)
-        _legend(figure, axes)
+        if crowded:  # a grid line between the groups instead of one through each
+            axes.grid(axis="x", visible=False)
+            for a, b in itertools.pairwise(lrs):
+                axes.axvline((a * b) ** 0.5, color="0.85", lw=0.8, zorder=0)
 
     return draw
+
+
+def is_crowded(rows: Sequence[Point]) -> bool:
+    """Whether there are more than CROWD methods at a learning rate, on average."""
+    return len(rows) > CROWD * len({p.lr for p in rows})
 
 
 def _one_method(axes: Axes, method: str, own: Sequence[Point], look: dict[str, str], shift: float) -> None:
@@ -124,12 +153,15 @@ def _one_method(axes: Axes, method: str, own: Sequence[Point], look: dict[str, s
         axes.plot(broken, [0.97] * len(broken), "x", transform=axes.get_xaxis_transform(), **style)
 
 
-def _dodge(rows: Sequence[Point]) -> float:
-    """Logarithm of the ratio over which methods that share learning rates are spread, so that their bars stay apart."""
+def _spread(rows: Sequence[Point], part: float) -> float:
+    """Logarithm of the ratio over which methods that share learning rates are spread, so that their bars stay apart.
+
+    part: of the smallest distance between two learning rates.
+    """
     lrs = sorted({p.lr for p in rows})
     if len(lrs) == len(rows):
         return 0.0
-    return 0.3 * min((float(np.log(b / a)) for a, b in itertools.pairwise(lrs)), default=0.3)
+    return part * min((float(np.log(b / a)) for a, b in itertools.pairwise(lrs)), default=0.3)
 
 
 def _limit(axes: Axes, rows: Sequence[Point], best: Sequence[float], headroom: float) -> None:
@@ -187,13 +219,12 @@ def loss_vs(axis: str, found: Mapping[str, Curves], style: Looks, target: float 
             late.append(middle[np.searchsorted(c.steps, 0.25 * c.steps[-1])])
             lowest.append(c.losses.min())
         if target is not None:
-            axes.axhline(target, color="0.4", lw=1, ls=(0, (2, 2)), label=f"target {target:.4g}")
+            axes.axhline(target, color="0.4", lw=1, ls=(0, (2, 2)))
         pad = 0.04 * (max(late) - min(lowest)) or 0.1
         axes.set_ylim(min(lowest) - pad, max(late) + pad)  # the first steps would flatten all that follows
         axes.set(xlabel=labels[axis], ylabel="validation loss (nats per token)")
         if axis == "tokens":
             axes.xaxis.set_major_formatter(EngFormatter())
-        _legend(figure, axes)
 
     return draw
 
@@ -206,7 +237,6 @@ def orthogonality(found: Mapping[str, Mapping[int, float]], style: Looks) -> Cal
         for method, errors in found.items():
             axes.plot(errors.keys(), errors.values(), label=_short(method), **style[method])
         axes.set(yscale="log", xlabel="step", ylabel="orthogonality error ‖X Xᵀ − I‖₂")
-        _legend(figure, axes)
 
     return draw
 
@@ -217,20 +247,25 @@ def update_rms(found: Mapping[str, Mapping[str, Mapping[int, float]]], style: Lo
     kinds = [kind for kind in kinds if HIDDEN.search(kind)] or kinds
 
     def draw(figure: Figure) -> None:
+        from matplotlib.ticker import LogLocator
+
         columns = min(2, len(kinds))
-        panels = figure.subplots(-(-len(kinds) // columns), columns, sharex=True, sharey=True, squeeze=False)
+        part = figure.subfigures()  # all but the legend, so that the label of both rows is in their middle
+        panels = part.subplots(-(-len(kinds) // columns), columns, sharex=True, sharey=True, squeeze=False)
         for axes, kind in zip(panels.flat, kinds, strict=False):
             for method, of in found.items():
                 if kind in of:
                     axes.plot(of[kind].keys(), of[kind].values(), label=_short(method), **style[method])
             axes.set_title(kind.removeprefix("h.*.").removesuffix(".weight"), fontsize=9)
             axes.set_yscale("log")
+        low, high = panels.flat[0].get_ylim()  # which all panels share
+        if high > 10 * low:  # more numbers than 1 and 3 of a decade would run into each other
+            panels.flat[0].yaxis.set_minor_locator(LogLocator(subs=(3,)))
         for axes in panels.flat[len(kinds) :]:
             axes.set_axis_off()
         for axes in panels[-1]:
             axes.set_xlabel("step")
-        figure.supylabel("RMS of update over RMS of weights", fontsize=9)
-        _legend(figure, panels.flat[0])
+        part.supylabel("RMS of update over RMS of weights", fontsize=9)
 
     return draw
 
@@ -246,15 +281,14 @@ def divergence(rows: Sequence[Point], methods: Sequence[str]) -> Callable[[Figur
         axes = figure.subplots()
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1.2, aspect="auto")
         axes.set_facecolor("0.88")  # where nothing was run
-        few = share.size <= 120  # more numbers than that cannot be read
-        for p in rows if few else ():
+        for p in rows if len(lrs) <= 10 else ():  # in narrower cells, numbers would run into each other
             place = lrs.index(p.lr), methods.index(p.method)
             dark = share[place[1], place[0]] > 0.5
             words = f"{p.diverged}/{len(p.runs)}"
             axes.text(*place, words, ha="center", va="center", fontsize=8, color="white" if dark else "black")
         every = -(-len(lrs) // 10)
         axes.set_xticks(range(0, len(lrs), every), [f"{lr:g}" for lr in lrs[::every]], rotation=45)
-        axes.set_yticks(range(len(methods)), [_short(m) for m in methods])
+        axes.set_yticks(range(len(methods)), [_escaped("\n".join(label_lines(m))) for m in methods], fontsize=8)
         axes.set(xlabel="learning rate of the hidden matrices")
         axes.grid(False)
         axes.set_xticks(np.arange(len(lrs) + 1) - 0.5, minor=True)
@@ -265,20 +299,24 @@ def divergence(rows: Sequence[Point], methods: Sequence[str]) -> Callable[[Figur
     return draw
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    """Below the figure: names beside the lines would cover other lines."""
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        own_first = sorted(zip(handles, labels, strict=True), key=lambda pair: pair[1].endswith(PUBLISHED))
-        handles, labels = zip(*own_first, strict=True)
-        figure.legend(handles, labels, loc="outside lower center", ncols=_columns(labels), fontsize=8, handlelength=2.6)
+def divergence_inches(methods: Sequence[str]) -> float:
+    """Height of the map of these methods: rows of equal height that hold the longest name."""
+    return 1.0 + len(methods) * (0.16 + 0.14 * max(len(label_lines(m)) for m in methods))
 
 
-def _columns(names: Sequence[str]) -> int:
-    longest = max(map(len, names), default=0)
-    return 3 if longest <= 14 else 2 if longest <= 26 else 1
+def label_lines(name: str) -> list[str]:
+    """A method's name in lines that leave the figure the larger part of its width."""
+    return textwrap.wrap(_cut(name), 22, break_on_hyphens=False)
 
 
-def _short(name: str, limit: int = 60) -> str:
+def _short(name: str) -> str:
+    return _escaped(_cut(name))
+
+
+def _cut(name: str, limit: int = 60) -> str:
+    return name if len(name) <= limit else name[: limit - 1] + "…"
+
+
+def _escaped(name: str) -> str:
     """As a label: a dollar sign would start a formula."""
-    return (name if len(name) <= limit else name[: limit - 1] + "…").replace("$", r"\$")
+    return name.replace("$", r"\$")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from scripts.report.points import (
     best_points,
     curves,
     held_out,
+    interpolated,
     points,
     reach,
     sensitivity,
@@ -38,6 +40,7 @@ class Method:
     range: Sensitivity
     at_edge: bool  # the best learning rate is the first or last of several
     held_out: dict[int, float | None]  # loss by seed, at the learning rate chosen by the other seeds
+    between: Point | None  # where a parabola through the best point and its neighbours is lowest
     curves: Curves | None
     reached: Reached | None  # the target
 
@@ -58,6 +61,7 @@ class Findings:
     verdict: list[Comparison]
     effects: list[Effect]  # of single settings, where methods form a grid
     held_out_verdict: list[Comparison]  # the verdict with each seed's learning rate chosen without it
+    between_verdict: list[Comparison]  # the verdict at interpolated learning rates
     rule: str | None
     published: dict[str, dict[float, float]]
 
@@ -90,17 +94,20 @@ def find(reading: Reading, target: float | None, difference: float, rule: str | 
     if target is None and best:
         target = best[-1].mean
     methods = [_method(rows, point, target) for point in best]
-    chosen = {m.name: m.best.losses for m in methods[:MOST]}
+    verdict = compare_all({m.name: m.best.losses for m in methods[:MOST]}, difference)
+    between = {m.name: m.between for m in methods[:MOST] if m.between}
+    between_verdict = compare_all({name: point.losses for name, point in between.items()}, difference)
     unchosen = {m.name: m.held_out for m in methods[:MOST] if m.held_out and None not in m.held_out.values()}
     return Findings(
         runs=reading.runs,
-        notes=[*reading.notes, *_cautions(rows, methods, reading.runs)],
+        notes=[*reading.notes, *_cautions(rows, methods, reading.runs), *_coarse(verdict, between_verdict)],
         rows=rows,
         methods=methods,
         target=target,
-        verdict=compare_all(chosen, difference),
-        effects=effects(best[:MOST], difference),
+        verdict=verdict,
+        effects=effects(best[:MOST], between, difference),
         held_out_verdict=compare_all(unchosen, difference),
+        between_verdict=between_verdict,
         rule=rule,
         published=published_for(reading.runs),
     )
@@ -114,6 +121,7 @@ def _method(rows: Sequence[Point], best: Point, target: float) -> Method:
         range=sensitivity(own, best, TOLERANCE),
         at_edge=len(own) > 1 and best.lr in (own[0].lr, own[-1].lr),
         held_out=held_out(own),
+        between=interpolated(own, best),
         curves=found,
         reached=reach(found, target) if found else None,
     )
@@ -134,6 +142,12 @@ def _cautions(rows: Sequence[Point], methods: Sequence[Method], runs: Sequence[R
     if single:
         yield f"run at one learning rate only, which need not be its best: {', '.join(single)}"
     for m in methods:
+        for p in rows:
+            if p.method == m.name and p.mean is not None and p.mean < m.best.mean:
+                yield (
+                    f"{m.name} has a lower mean at {p.lr:g} than at {m.best.lr:g}, but of one seed, so that it is"
+                    " passed over: give it more seeds"
+                )
         if m.at_edge:
             yield f"{m.name} is best at the edge of its grid, {m.best.lr:g}: its optimum may lie outside"
         if None in m.held_out.values():
@@ -142,8 +156,22 @@ def _cautions(rows: Sequence[Point], methods: Sequence[Method], runs: Sequence[R
             yield f"{m.name} has no evaluations in metrics.jsonl at {m.best.lr:g}, so no curve"
     if len({run.settings["train.steps"] for run in runs}) > 1:
         yield "runs differ in their number of steps, so in the point of the schedule that a step is at"
-    if len({_hardware(run) for run in runs}) > 1:
+    if len({_hardware(run)[:-1] for run in runs}) > 1:
         yield "runs are from several kinds of machines or versions, so seconds do not compare; see the table"
+    if len({_hardware(run)[-1] for run in runs}) > 1:
+        yield "runs are of several commits, or of changes that were not committed; see the table"
+
+
+def _coarse(verdict: Sequence[Comparison], between: Sequence[Comparison]) -> Iterator[str]:
+    """Where a difference may come from a grid with a point closer to one method's optimum than to the other's."""
+    again = {(pair.a, pair.b): pair.difference for pair in between}
+    again |= {(pair.b, pair.a): -pair.difference for pair in between}
+    gone = [pair for pair in verdict if pair.resolved and again.get((pair.a, pair.b), -math.inf) > pair.difference / 2]
+    if gone:
+        yield (
+            f"of the differences resolved on the grid of learning rates {len(gone)} are less than half as large at"
+            f" interpolated ones, such as {gone[0].a} below {gone[0].b}: a finer grid would tell"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,10 +179,10 @@ def _cautions(rows: Sequence[Point], methods: Sequence[Method], runs: Sequence[R
 
 
 def orthogonality_errors(point: Point) -> dict[int, float]:
-    """By step: the largest error over the sampled matrices, median over the seeds."""
+    """By step: |s^2 - 1| of the median singular value, the largest over the sampled matrices, median over the seeds."""
     found = defaultdict(list)
     for step, record in _inspections(point):
-        errors = [d.get("error") for d in _mapping(record, "directions").values() if isinstance(d, dict)]
+        errors = [d.get("median") for d in _mapping(record, "directions").values() if isinstance(d, dict)]
         if numbers := [e for e in errors if isinstance(e, int | float) and e > 0]:
             found[step].append(max(numbers))
     return {step: statistics.median(values) for step, values in sorted(found.items())}

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -84,6 +84,31 @@ def held_out(rows: Sequence[Point]) -> dict[int, float | None]:
     return found
 
 
+def interpolated(rows: Sequence[Point], best: Point) -> Point | None:
+    """A method where the parabola through its best point and the two neighbours, over log lr, is lowest.
+
+    rows: the points of the method. The losses of each seed are those of its own parabola there, so that methods whose
+    optima lie differently between the points of a coarse grid can be compared. Of the seeds that all three points
+    share; None where there are none, or one of the three diverged or is missing.
+    """
+    own = sorted(rows, key=lambda p: p.lr)
+    middle = own.index(best)
+    around = own[max(middle - 1, 0) : middle + 2]
+    seeds = set.intersection(*(set(p.losses) for p in around))
+    if len(around) < 3 or not seeds or any(p.mean is None for p in around):
+        return None
+    x = np.log([p.lr / best.lr for p in around])
+    curvature, slope, _ = np.polyfit(x, [statistics.fmean(p.losses[seed] for seed in seeds) for p in around], 2)
+    at = float(np.clip(-slope / (2 * curvature), x[0], x[2])) if curvature > 0 else 0.0
+    lr = best.lr * math.exp(at)
+    runs = []
+    for run in best.runs:
+        if run.seed in seeds:
+            parabola = np.polyfit(x, [p.losses[run.seed] for p in around], 2)
+            runs.append(replace(run, lr=lr, val_loss=float(np.polyval(parabola, at))))
+    return Point(best.method, lr, tuple(runs))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # How much the learning rate matters
 
@@ -150,6 +175,7 @@ def curves(point: Point) -> Curves | None:
 class Reached:
     """When the mean over the seeds came down to a target."""
 
+    between: tuple[int, int]  # the evaluations before and after, in steps
     steps: float
     tokens: float
     seconds: float
@@ -165,4 +191,4 @@ def reach(found: Curves, target: float) -> Reached | None:
     before = max(after - 1, 0)
     share = 1.0 if after == before else float(np.clip((mean[before] - target) / (mean[before] - mean[after]), 0, 1))
     step, second = (float(v[before] + share * (v[after] - v[before])) for v in (found.steps, seconds))
-    return Reached(step, step * found.batch_tokens, second)
+    return Reached((int(found.steps[before]), int(found.steps[after])), step, step * found.batch_tokens, second)

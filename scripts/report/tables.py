@@ -13,11 +13,13 @@ from typing import Any
 from tabulate import tabulate
 
 from scripts.report import verdict
+from scripts.report.effects import Effect
 from scripts.report.findings import HARDWARE, MOST, TOLERANCE, Findings, Method, configuration, hardware
 from scripts.report.points import Sensitivity
 from scripts.report.verdict import Comparison
 from training.metrics import duration
 
+COARSE = 0.1  # part of a run that may lie between two evaluations, for a time between them to be told
 NO_PAIR = "Fewer than two methods have a result: nothing to compare."
 
 
@@ -38,6 +40,7 @@ class Table:
 
 def best(findings: Findings) -> Table:
     headers = ("method", "best learning rate", "validation loss", "± seeds", "bits per byte", "seeds", "held out")
+    headers = (*headers, "interpolated")
     rows = []
     for m in findings.methods:
         bits = [run.bits_per_byte for run in m.best.runs if run.bits_per_byte is not None]
@@ -50,13 +53,15 @@ def best(findings: Findings) -> Table:
                 f"{statistics.fmean(bits):.4f}" if bits else "",
                 str(len(m.best.runs)),
                 _held_out(m),
+                f"{m.between.mean:.4f} at {m.between.lr:.2g}" if m.between else "",
             )
         )
     note = (
         "Nats per token; ± is the standard deviation over the seeds. The best learning rate was chosen by the seeds"
         " that it is judged on, which biases its loss low, the more so the noisier the runs and the finer the grid."
         " *Held out* is free of that: each seed's loss at the learning rate that the other seeds choose, averaged; if"
-        " anything a little high, as fewer seeds choose."
+        " anything a little high, as fewer seeds choose. *Interpolated*: where the parabola through the best learning"
+        " rate and its neighbours is lowest, over the seeds that all three have."
     )
     return Table("Best learning rates", headers, rows, note)
 
@@ -68,22 +73,32 @@ def _held_out(m: Method) -> str:
 
 
 def speed(findings: Findings) -> Table:
-    full = max((m.reached.tokens for m in findings.methods if m.reached), default=None)
+    full = max((m.reached.tokens for m in findings.methods if m.reached and _is_fine(m)), default=None)
     rows = []
     for m in findings.methods:
         if m.reached is None:
             rows.append((m.name, "no metrics" if m.curves is None else "not reached", "", "", ""))
+            continue
+        if not _is_fine(m):
+            rows.append((m.name, "{:,} to {:,}".format(*m.reached.between), "", "", ""))
             continue
         share = f"{full / m.reached.tokens:.2f}x" if m.reached.tokens else ""
         steps, tokens = (f"{float(f'{x:.3g}'):,.0f}" for x in (m.reached.steps, m.reached.tokens))
         rows.append((m.name, steps, tokens, duration(m.reached.seconds), share))
     target = "" if findings.target is None else f" {findings.target:.4f}"
     note = (
-        "When the mean over the seeds at the best learning rate came to the target, on a line between evaluations."
+        "When the mean over the seeds at the best learning rate came to the target, on a line between evaluations;"
+        f" where these are further apart than {COARSE:.0%} of the run, only between which."
         " Every run follows the schedule of its full length, so a run planned to end there could do better."
     )
     headers = ("method", "steps", "tokens", "training time", "fewer tokens than the slowest")
     return Table(f"Speed to a loss of{target}", headers, rows, note)
+
+
+def _is_fine(m: Method) -> bool:
+    """Whether evaluations lie close enough for a line between them: losses fall in curves."""
+    before, after = m.reached.between
+    return after - before <= COARSE * m.best.runs[0].steps
 
 
 def sensitivity(findings: Findings) -> Table:
@@ -133,14 +148,23 @@ def effects(findings: Findings) -> Table:
         p, holm = ("" if value is None else f"{value:.2g}" for value in (c.p, c.holm))
         span = "{:+.4f} to {:+.4f}".format(*effect.smallest_and_largest)
         told = (f"{c.a} − {c.b}", f"{c.difference:+.4f}", between, p, holm, "yes" if c.resolved else "no")
-        rows.append((effect.key, *told, str(len(effect.pairs)), span, str(c.seeds[0])))
+        rows.append((effect.key, *told, str(len(effect.pairs)), span, str(c.seeds[0]), _interpolated(effect)))
     note = (
         "Two values of one key over all pairs of methods that differ in nothing else, each at its best learning rate:"
         " the mean of their differences, tested over the seeds. Where the pairs' own differences span far, the key does"
-        " not do the same everywhere."
+        " not do the same everywhere. *Interpolated*: the same at each method's interpolated learning rate, with its"
+        " own p (Holm): what is resolved in one way only may come from the grid."
     )
     headers = ("key", "values", "difference", "95 % interval", "p", "p (Holm)", "resolved", "pairs", "a pair's own")
-    return Table("What one setting does by itself", (*headers, "seeds"), rows, note)
+    return Table("What one setting does by itself", (*headers, "seeds", "interpolated"), rows, note)
+
+
+def _interpolated(effect: Effect) -> str:
+    again = effect.between
+    if again is None:
+        return ""
+    difference = again.difference if again.a == effect.comparison.a else -again.difference
+    return f"{difference:+.4f}" + ("" if again.holm is None else f" ({again.holm:.2g})")
 
 
 def track3(findings: Findings) -> list[Table]:
@@ -194,6 +218,7 @@ def markdown(findings: Findings) -> str:
     more += [effects(findings), speed(findings), sensitivity(findings), all_points(findings)]
     if len(findings.sentences) < len(findings.verdict):
         more.append(pairs("All pairs", findings.verdict))
+    more.append(pairs("All pairs at interpolated learning rates", findings.between_verdict))
     parts = [headline(findings), *(table.markdown() for table in more if table.rows)]
     if findings.notes:
         parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in findings.notes))

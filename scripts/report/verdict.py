@@ -30,7 +30,7 @@ class Comparison:
     p: float | None = None  # two-sided
     holm: float | None = None  # p corrected for all pairs
     noise: float | None = None  # standard deviation: of a seed's difference where paired, else of a seed
-    needed: tuple[int, int] | None = None  # seeds a method to resolve `resolution`: by the noise, and to be safe
+    needed: tuple[int, int] | None = None  # seeds to resolve `resolution` among all pairs: by the noise, and to be safe
     resolution: float = 0.01
 
     @property
@@ -62,7 +62,8 @@ class Comparison:
 
 def compare_all(losses: Mapping[str, Mapping[int, float]], resolution: float = 0.01) -> list[Comparison]:
     """Every pair of methods, given the loss of each seed by method; p-values corrected over these pairs."""
-    return corrected([compare(a, b, losses[a], losses[b], resolution) for a, b in itertools.combinations(losses, 2)])
+    pairs = list(itertools.combinations(losses, 2))
+    return corrected([compare(a, b, losses[a], losses[b], resolution, len(pairs)) for a, b in pairs])
 
 
 def corrected(pairs: Sequence[Comparison]) -> list[Comparison]:
@@ -74,8 +75,13 @@ def corrected(pairs: Sequence[Comparison]) -> list[Comparison]:
     return pairs
 
 
-def compare(a: str, b: str, of_a: Mapping[int, float], of_b: Mapping[int, float], resolution: float) -> Comparison:
-    """Two methods by the loss of each seed; see the top of this file for the test."""
+def compare(
+    a: str, b: str, of_a: Mapping[int, float], of_b: Mapping[int, float], resolution: float, among: int = 1
+) -> Comparison:
+    """Two methods by the loss of each seed; see the top of this file for the test.
+
+    among: how many comparisons are made; the seeds needed are those that resolve a difference among as many.
+    """
     shared = sorted(of_a.keys() & of_b.keys())
     paired = len(shared) > 1
     x, y = (np.array([of[s] for s in (shared if paired else of)], dtype=float) for of in (of_a, of_b))
@@ -106,7 +112,7 @@ def compare(a: str, b: str, of_a: Mapping[int, float], of_b: Mapping[int, float]
         interval=(found.difference - reach, found.difference + reach),
         p=float(2 * stats.t.sf(abs(found.difference) / error, freedom)),
         noise=noise,
-        needed=(seeds_needed(noise, resolution, paired), seeds_needed(safe, resolution, paired)),
+        needed=tuple(seeds_needed(sd, resolution, paired, LEVEL / among) for sd in (noise, safe)),
     )
 
 
@@ -121,19 +127,19 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected
 
 
-def seeds_needed(noise: float, difference: float, paired: bool) -> int:
-    """Seeds a method for which a t test at 5 % finds a true `difference` with 80 % probability.
+def seeds_needed(noise: float, difference: float, paired: bool, level: float = LEVEL) -> int:
+    """Seeds a method for which a t test at `level` finds a true `difference` with 80 % probability.
 
     noise: standard deviation, of a seed's difference where paired, else of a seed. By the noncentral t distribution.
     """
     from scipy import stats
 
     arms = 1 if paired else 2
-    z = stats.norm.ppf(1 - LEVEL / 2) + stats.norm.ppf(POWER)
+    z = stats.norm.ppf(1 - level / 2) + stats.norm.ppf(POWER)
     n = max(2, math.ceil(arms * (z * noise / difference) ** 2))  # enough if the noise were known
     while n < 1000:  # beyond, the two agree
         freedom = arms * (n - 1)
-        critical = stats.t.ppf(1 - LEVEL / 2, freedom)
+        critical = stats.t.ppf(1 - level / 2, freedom)
         if stats.nct.sf(critical, freedom, difference / (noise * math.sqrt(arms / n))) >= POWER:
             break
         n += 1

@@ -151,6 +151,7 @@ STRANGE_YAML = (
     "wandb: &a {tags: [*a]}",
     "wandb: {tags: &a [*a]}",
     "wandb: {tags: !!python/object/apply:os.system [ls]}",
+    '"\\x1e": 1',
     "? [1, 2]\n: 3",
     "1: 2",
     "- " * 5000,
@@ -188,7 +189,7 @@ def test_overrides(count):
         except ConfigError as error:
             assert one_line(error), error
 
-    fuzz(count, st.lists(given_key | st.text(), max_size=3), check, ["help=1"], ["--help"], ["-h"], ["=", "a.b.c=1"])
+    fuzz(count, st.lists(given_key | st.text(), max_size=3), check, ["help=1"], ["--help"], ["\r="], ["=", "a.b.c=1"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from scripts import report
 from scripts.report import published, wandb_runs
 from scripts.report.effects import effects
 from scripts.report.findings import find, update_sizes
-from scripts.report.points import Point, best_points, curves, held_out, points, reach, sensitivity
+from scripts.report.points import Point, best_points, curves, held_out, interpolated, points, reach, sensitivity
 from scripts.report.runs import Reading, Run, read_runs
 from scripts.report.tables import markdown
 from scripts.report.verdict import compare_all, holm, seeds_needed, track3, track3_pair
@@ -46,7 +47,7 @@ def val(step, loss, seconds=None):
 
 
 def inspect(step, error, ratio):
-    shapes = {"8x8": {"name": "a", "error": error}, "8x32": {"name": "b", "error": error / 2}}
+    shapes = {"8x8": {"name": "a", "error": 1.0, "median": error}, "8x32": {"name": "b", "median": error / 2}}
     update = {"h.*.attn.c_attn.weight": ratio, "wte.weight": 1.0}
     return {"kind": "inspect", "step": step, "directions": shapes, "update_to_weight": update}
 
@@ -319,6 +320,66 @@ def test_choosing_among_equal_learning_rates_flatters_and_holding_out_does_not()
     assert statistics.fmean(unchosen) == pytest.approx(3, abs=0.015)
 
 
+def valley(lr, *bottoms, method="a", rates=(0.01, 0.02, 0.04)):
+    """Points on parabolas over the logarithm of the learning rate, lowest at `lr`, of seeds with these bottoms."""
+    return [point(method, x, *(b + 0.1 * math.log(x / lr) ** 2 for b in bottoms)) for x in rates]
+
+
+def test_interpolation_finds_the_bottom_of_each_seed_between_the_points():
+    for lr in (0.017, 0.02, 0.026):
+        rows = valley(lr, 3.0, 3.1)
+        found = interpolated(rows, best_points(rows)[0])
+        assert found.lr == pytest.approx(lr) and found.losses == pytest.approx({0: 3.0, 1: 3.1})
+    steep = [point("a", x, 3 + y, 3 - y) for x, y in ((0.01, 0.3), (0.02, 0.0), (0.04, -0.3))]
+    mixed = [point("a", p.lr, *(v + 0.1 * math.log(p.lr / 0.02) ** 2 for v in p.losses.values())) for p in steep]
+    found = interpolated(mixed, mixed[1])  # seeds that lean to either side are read where their mean is lowest
+    assert found.lr == pytest.approx(0.02) and found.losses == pytest.approx({0: 3.0, 1: 3.0})
+
+
+def test_interpolation_needs_three_points_that_share_a_seed():
+    rows = valley(0.02, 3.0, 3.1)
+    assert interpolated(rows[:2], rows[1]) is None and interpolated(rows, rows[0]) is None
+    assert interpolated([*rows[:2], point("a", 0.04, 3.2, None)], rows[1]) is None
+    apart = [*rows[:2], Point("a", 0.04, tuple(replace(run, seed=run.seed + 5) for run in rows[2].runs))]
+    assert interpolated(apart, apart[1]) is None
+    several = [rows[0], point("a", 0.02, 3.0, 3.1, 9.0), rows[2]]
+    assert interpolated(several, several[1]).losses == pytest.approx({0: 3.0, 1: 3.1}, abs=1e-6)
+
+
+def test_a_difference_that_comes_from_the_grid_is_told():
+    """Equal bottoms, of which the grid meets one."""
+    noise = (0.0, 0.001, -0.001, 0.002)
+    runs = [
+        run
+        for method, lr, n in (("a", 0.02, 0.0), ("b", 0.027, 1e-4))
+        for p in valley(lr, *(3 + x + n * s for s, x in enumerate(noise)), method=method)
+        for run in p.runs
+    ]
+    runs = [replace(run, settings={"train.steps": 3}) for run in runs]
+    found = find(Reading(runs, []), None, 0.01, None)
+    assert found.verdict[0].resolved and not found.between_verdict[0].resolved
+    told = "of the differences resolved on the grid of learning rates 1 are less than half as large at interpolated"
+    assert any(note.startswith(told) for note in found.notes)
+
+
+def test_a_better_point_of_one_seed_is_passed_over_and_told():
+    runs = [run for p in (point("a", 0.01, 3.1, 3.11), point("a", 0.02, 3.0)) for run in p.runs]
+    runs = [replace(run, settings={"train.steps": 3}) for run in runs]
+    found = find(Reading(runs, []), None, 0.01, None)
+    assert found.methods[0].best.lr == 0.01
+    assert any(note.startswith("a has a lower mean at 0.02 than at 0.01, but of one seed") for note in found.notes)
+
+
+def test_no_time_is_told_between_evaluations_that_lie_far_apart(tmp_path):
+    for name, every in (("near", 25), ("far", 150)):
+        more = f"train: {{steps: 300, eval_every: {every}, batch_tokens: 2048}}\n"
+        curve = [val(step, 9 - step / 50) for step in range(0, 301, every)]
+        fake_run(tmp_path, name, "jordan", 0.01, 0, 3.0, metrics=curve, more=more, steps=300)
+        text = markdown(find(read_runs([tmp_path / name]), 5.0, 0.01, None))
+        row = next(line for line in text.split("## Speed")[1].splitlines() if line.startswith("| jordan"))
+        assert ("150 to 300" in row) == (name == "far") and ("200" in row) == (name == "near")
+
+
 def test_time_to_a_target_is_read_off_the_mean_between_evaluations(tmp_path):
     for seed, shift in enumerate((-0.5, 0.5)):
         curve = [val(0, 8 + shift), val(100, 4 + shift, 60.0), val(200, 3 + shift, 100.0)]
@@ -379,6 +440,13 @@ def test_the_seeds_needed_give_the_power_promised(paired):
     assert power(n) > 0.8 - 0.01 and power(n - 1) < 0.8 + 0.01
 
 
+def test_the_seeds_needed_are_for_as_many_pairs_as_there_are():
+    losses = {"a": {0: 3.0, 1: 3.01, 2: 3.005}, "b": {0: 3.02, 1: 3.025, 2: 3.03}, "c": {0: 3.1, 1: 3.12, 2: 3.11}}
+    for found in compare_all(losses):
+        assert found.needed[0] == seeds_needed(found.noise, 0.01, True, 0.05 / 3)
+        assert found.needed[0] > seeds_needed(found.noise, 0.01, True)
+
+
 def test_many_seeds_needed_follow_the_normal_approximation():
     assert seeds_needed(1.0, 0.01, True) == pytest.approx((1.96 + 0.8416) ** 2 * 1e4, rel=1e-3)
     assert seeds_needed(1e-9, 0.01, True) == 2
@@ -411,7 +479,7 @@ def test_the_effect_of_one_setting_is_the_paired_test_of_the_means_over_the_rest
     loss = {
         (p.runs[0].settings["method"], p.runs[0].settings["scale"]): np.array(list(p.losses.values())) for p in best
     }
-    found = {(e.key, frozenset((e.comparison.a, e.comparison.b))): e for e in effects(best, 0.01)}
+    found = {(e.key, frozenset((e.comparison.a, e.comparison.b))): e for e in effects(best, {}, 0.01)}
     assert len(found) == 1 + 3
     p_values = []
     for key, values in {"scale": ["none", "spectral"], "method": ["svd", "you", "pe"]}.items():
@@ -433,10 +501,19 @@ def test_an_effect_takes_seeds_that_all_have_and_methods_that_differ_in_nothing_
     offsets = {"method": {"svd": 0.0, "you": 0.03}, "scale": {"none": 0.01, "spectral": 0.0}}
     best = list(effect_points(np.random.default_rng(5), offsets, 3))
     best[0] = Point(best[0].method, 0.01, best[0].runs[1:])
-    assert {e.comparison.seeds for e in effects(best, 0.01)} == {(2, 2)}
+    assert {e.comparison.seeds for e in effects(best, {}, 0.01)} == {(2, 2)}
     for run in best[3].runs:
         run.settings["model.layers"] = 8
-    assert effects(best, 0.01) == []
+    assert effects(best, {}, 0.01) == []
+
+
+def test_an_effect_at_interpolated_learning_rates_is_that_of_the_points_given():
+    offsets = {"method": {"svd": 0.0, "you": 0.03}, "scale": {"none": 0.01, "spectral": 0.0}}
+    best, other = (list(effect_points(np.random.default_rng(seed), offsets, 3)) for seed in (5, 6))
+    found = effects(best, {p.method: p for p in other}, 0.01)
+    expected = {(e.key, e.comparison.a): e.comparison for e in effects(other, {}, 0.01)}
+    assert {(e.key, e.between.a): e.between for e in found} == expected
+    assert [e.between for e in effects(best, {p.method: p for p in other[:3]}, 0.01)] == [None, None]
 
 
 def test_sentences():

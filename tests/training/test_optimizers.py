@@ -80,12 +80,16 @@ def test_every_optimizer_says_what_it_reads():
     assert set(choices) == set(READS) == {"adamw", *BUILDERS, *WHOLE_MODEL}
 
 
+@pytest.mark.parametrize("orthogonalizer", ["polar_express", "svd"])
 @pytest.mark.parametrize("name", READS)
-def test_exactly_the_keys_that_are_read_make_another_optimizer(name):
-    reads = keys_read(settings(Config(optim=optim(name))))
-    before = built(optim(name))
+def test_exactly_the_keys_that_are_read_make_another_optimizer(name, orthogonalizer):
+    def config(**change):
+        return optim(name, **{"matrix__orthogonalizer": orthogonalizer, **change})
+
+    reads = keys_read(settings(Config(optim=config())))
+    before = built(config())
     for key, value in CHANGES.items():
-        differs = built(optim(name, **{key: value})) != before
+        differs = built(config(**{key: value})) != before
         assert differs == reads(f"optim.{key.replace('__', '.')}"), key
 
 
