@@ -130,7 +130,7 @@ def pairs(title: str, comparisons: Iterable[Comparison], note: str = "") -> Tabl
     for c in comparisons:
         between = "" if c.interval is None else f"{c.interval[0]:+.4f} to {c.interval[1]:+.4f}"
         p, holm = ("" if value is None else f"{value:.2g}" for value in (c.p, c.holm))
-        test = "" if c.interval is None else "paired t" if c.paired else "Welch"
+        test = "" if c.interval is None else "pooled t" if c.pooled else "paired t" if c.paired else "Welch"
         seeds = str(c.seeds[0]) if c.paired else f"{c.seeds[0]} and {c.seeds[1]}"
         noise = "" if c.noise is None else f"{c.noise:.4f}"
         needed = "" if c.needed is None else f"{c.needed[0]:,} ({c.needed[1]:,})"

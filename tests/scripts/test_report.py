@@ -25,7 +25,7 @@ from scripts.report.findings import find, update_sizes
 from scripts.report.points import Point, best_points, curves, held_out, interpolated, points, reach, sensitivity
 from scripts.report.runs import Reading, Run, read_runs
 from scripts.report.tables import markdown
-from scripts.report.verdict import compare_all, holm, seeds_needed, track3, track3_pair
+from scripts.report.verdict import cochran, compare_all, holm, seeds_needed, track3, track3_pair
 from training.config import ConfigError, load_config, to_yaml
 
 pytest.importorskip("matplotlib")
@@ -410,7 +410,7 @@ def test_pairs_are_tested_as_scipy_does(n):
 
 
 def test_intervals_cover_and_false_verdicts_are_rare():
-    """Four methods that are equal but for an offset, three seeds with noise in common."""
+    """Four equal methods, whose noise is pooled, and three seeds with noise in common."""
     rng, covered, false, trials = np.random.default_rng(1), 0, 0, 150
     for _ in range(trials):
         common = rng.normal(0, 0.1, 3)
@@ -420,6 +420,46 @@ def test_intervals_cover_and_false_verdicts_are_rare():
         false += any(pair.resolved for pair in pairs)
     assert covered / (6 * trials) == pytest.approx(0.95, abs=0.03)
     assert false / trials < 0.05 + 3 * (0.05 * 0.95 / trials) ** 0.5
+
+
+def blocks(rng, noises, seeds):
+    """Losses of methods a, b, ... with these noises, of runs that share what a seed adds."""
+    common = rng.normal(3, 0.05, seeds)
+    return {
+        name: dict(enumerate(common + rng.normal(0, sd, seeds))) for name, sd in zip("abcdefgh", noises, strict=False)
+    }
+
+
+def test_noise_is_pooled_as_by_least_squares_on_method_and_seed():
+    losses = blocks(np.random.default_rng(2), [0.01] * 4, 3)
+    table = np.array([list(of.values()) for of in losses.values()])
+    design = np.array([[*np.eye(4)[m], *np.eye(3)[s]] for m in range(4) for s in range(3)])
+    fit = design @ np.linalg.lstsq(design, table.ravel(), rcond=None)[0]
+    variance = ((table.ravel() - fit) ** 2).sum() / (12 - np.linalg.matrix_rank(design))
+    for found in compare_all(losses):
+        assert found.pooled.sd == pytest.approx(math.sqrt(variance)) and found.pooled.freedom == 6
+        statistic = found.difference / math.sqrt(2 * variance / 3)
+        assert found.p == pytest.approx(2 * stats.t.sf(abs(statistic), 6))
+        reach = stats.t.ppf(0.975, 6) * math.sqrt(2 * variance / 3)
+        assert found.interval == pytest.approx((found.difference - reach, found.difference + reach))
+
+
+def test_cochrans_table():
+    """Eisenhart, Hastay and Wallis, Techniques of Statistical Analysis (1947), table 15.1."""
+    table = {(3, 1): 0.9669, (5, 1): 0.8412, (3, 2): 0.8709, (5, 2): 0.6838, (10, 2): 0.4450, (4, 4): 0.6287}
+    for (count, freedom), expected in table.items():
+        assert cochran(count, freedom) == pytest.approx(expected, abs=2e-4)
+
+
+def test_a_noisier_method_and_one_of_other_seeds_keep_to_their_own_pairs():
+    losses = blocks(np.random.default_rng(3), [0.002, 0.002, 0.002, 0.2, 0.002], 4)
+    losses["z"] = {seed + 9: loss for seed, loss in losses["a"].items()}
+    for found in compare_all(losses):
+        quiet = {found.a, found.b} <= {"a", "b", "c", "e"}
+        assert (found.pooled is not None) == quiet
+        if not quiet and "z" not in (found.a, found.b):
+            x, y = (list(losses[name].values()) for name in (found.a, found.b))
+            assert found.p == pytest.approx(stats.ttest_rel(x, y).pvalue)
 
 
 def test_holm_by_hand():
