@@ -47,7 +47,7 @@ def effects(best: Sequence[Point], between: Mapping[str, Point], resolution: flo
             (key,) = keys
             u, v = sorted((x, y), key=lambda point: text(_settings(point)[key]))
             matched[key, text(_settings(u)[key]), text(_settings(v)[key])].append((u, v))
-    several = {values: pairs for values, pairs in matched.items() if len(pairs) > 1}
+    several = {values: pairs for values, pairs in matched.items() if len(pairs) > 1 and _is_one_to_one(pairs)}
     found = []
     for (key, u, v), pairs in several.items():
         comparison = _compare(u, v, pairs, resolution, len(several))
@@ -84,5 +84,12 @@ def _settings(point: Point) -> dict[str, Hashable]:
 
 
 def _differing(x: Point, y: Point) -> set[str]:
-    a, b = ({(key, text(value)) for key, value in _settings(point).items()} for point in (x, y))
-    return {key for key, _ in a ^ b}
+    """Of the keys that both read: an exact orthogonalizer has no steps to differ in."""
+    a, b = _settings(x), _settings(y)
+    return {key for key in a.keys() & b.keys() if text(a[key]) != text(b[key])}
+
+
+def _is_one_to_one(pairs: Sequence[tuple[Point, Point]]) -> bool:
+    """Whether no method is in two pairs, such as svd beside every number of steps of another."""
+    methods = [point.method for pair in pairs for point in pair]
+    return len(set(methods)) == len(methods)

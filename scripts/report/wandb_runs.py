@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import struct
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from training.config import ConfigError, all_keys, settings
+from training.optimizers import keys_read
 
 # A .wandb file is a LevelDB log with a header of its own: records in blocks, a record that crosses blocks in parts.
 # The format: LevelDB's doc/log_format.md.
 HEADER, BLOCK, PART = 7, 32768, struct.Struct("<IHB")  # checksum, length and kind go before each part
 WHOLE, LAST = 1, 4
 STATES = {"finished": "completed", "crashed": "crashed", "failed": "failed", "killed": "interrupted"}
+NEEDED = ("optim.matrix.optimizer", "optim.matrix.orthogonalizer", "optim.matrix.lr")  # of an exported table
 
 
 @dataclass(frozen=True)
@@ -89,21 +92,27 @@ def _tree(items: Iterable[Any]) -> dict[str, Any]:
 def read_exported(path: Path) -> list[Stored]:
     """The rows of a CSV file with columns named by keys of the configuration and of summary.json.
 
-    An empty cell is a key's default. Raises ConfigError with one sentence.
+    An empty cell is a key's default; so is a column that is not there, which is told. Raises ConfigError with one
+    sentence, also where a column of NEEDED is missing.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    if rows and "optim.matrix.lr" not in rows[0]:
-        raise ConfigError(f"{path} has no column optim.matrix.lr; export the table of runs with all columns")
-    found, keys = [], set(all_keys())
+    columns = set(rows[0]) if rows else set(NEEDED)
+    if missing := [key for key in NEEDED if key not in columns]:
+        raise ConfigError(f"{path} has no column {', '.join(missing)}; export the table of runs with all columns")
+    found, keys, assumed = [], set(all_keys()), set()
     for row in rows:
         values = {key: _value(cell) for key, cell in row.items() if key and cell}
         summary = {"status": STATES.get(str(values.get("State")), "unknown")} | values
         config = {key: value for key, value in values.items() if key in keys}
         found.append(Stored(str(values.get("Name", f"row {len(found) + 1}")), settings(config), summary))
+        with suppress(ConfigError):  # of an unknown optimizer: the row will be left out
+            assumed |= set(filter(keys_read(found[-1].settings), found[-1].settings)) - columns
+    if assumed:
+        print(f"note: {path} lacks columns, taken to hold the defaults: {', '.join(sorted(assumed))}", file=sys.stderr)
     return found
 
 

@@ -260,22 +260,31 @@ def test_records_of_a_wandb_file_that_cross_blocks_are_joined(tmp_path):
     assert list(wandb_runs.log_records(data[:40_000], tmp_path))[:2] == written[:2]
 
 
-def test_an_exported_table_is_read(tmp_path):
+def test_an_exported_table_is_read_and_what_it_lacks_is_told(tmp_path, capsys):
     rows = [("r", "finished", s, 3 + s / 10, "jordan", 0.02, 1.5, 10, 20, 5.0) for s in range(2)]
     rows.append(("r", "crashed", 2, 1.0, "jordan", 0.02, 1.5, 10, 20, 5.0))
     names = ["Name", "State", "seed", "val_loss", "optim.matrix.orthogonalizer", "optim.matrix.lr", "bits_per_byte"]
-    with (tmp_path / "runs.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([(*names, "steps", "tokens", "train_seconds"), *rows])
+    names += ["steps", "tokens", "train_seconds"]
+
+    def write(name, names, rows):
+        with (tmp_path / name).open("w", newline="") as file:
+            csv.writer(file).writerows([names, *rows])
+        return tmp_path / name
+
+    write("runs.csv", [*names, "optim.matrix.optimizer"], [(*row, "muon") for row in rows])
+    capsys.readouterr()
     found = read_runs([tmp_path / "runs.csv"])
     assert [(run.method, run.lr, run.seed, run.val_loss) for run in found.runs] == [
         ("jordan", 0.02, 0, 3.0),
         ("jordan", 0.02, 1, 3.1),
     ]
     assert len(found.notes) == 1 and "'crashed'" in found.notes[0]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "lacks columns, taken to hold the defaults" in said and "optim.matrix.weight_decay" in said
+    assert not any(f" {key}" in said for key in ("optim.matrix.lr", "optim.soap", "wandb", "name", "seed"))
     assert make(tmp_path / "runs.csv", tmp_path / "out") == 0
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ConfigError, match="no column"):
-        read_runs([tmp_path / "other.csv"])
+    with pytest.raises(ConfigError, match=r"has no column optim\.matrix\.optimizer;"):
+        read_runs([write("other.csv", names, rows)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -542,9 +551,25 @@ def test_an_effect_takes_seeds_that_all_have_and_methods_that_differ_in_nothing_
     best = list(effect_points(np.random.default_rng(5), offsets, 3))
     best[0] = Point(best[0].method, 0.01, best[0].runs[1:])
     assert {e.comparison.seeds for e in effects(best, {}, 0.01)} == {(2, 2)}
-    for run in best[3].runs:
-        run.settings["model.layers"] = 8
+    for p in best:
+        for run in p.runs:
+            run.settings["model.layers"] = 8 if p is best[3] else 4
     assert effects(best, {}, 0.01) == []
+
+
+def test_an_effect_is_between_keys_that_both_read_and_pairs_without_a_method_in_common():
+    offsets = {"method": {"svd": 0.0, "you": 0.03}, "scale": {"none": 0.01, "spectral": 0.0}}
+    best = list(effect_points(np.random.default_rng(5), offsets, 3))
+    for p in best[2:]:
+        for run in p.runs:
+            run.settings["steps"] = 5
+    assert [e.key for e in effects(best, {}, 0.01)] == ["method", "scale"]
+    seven = [
+        Point(f"{p.method} 7", p.lr, tuple(replace(r, settings=r.settings | {"steps": 7}) for r in p.runs))
+        for p in best[2:]
+    ]
+    found = effects([*best, *seven], {}, 0.01)
+    assert [(e.key, len(e.pairs)) for e in found] == [("scale", 3), ("steps", 2)]
 
 
 def test_an_effect_at_interpolated_learning_rates_is_that_of_the_points_given():
