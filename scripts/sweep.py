@@ -1,9 +1,10 @@
-"""Train every point of a sweep: `python -m scripts.sweep configs/sweeps/quickstart.yaml`.
+"""Train every point of a sweep and report: `python -m scripts.sweep configs/sweeps/quickstart.yaml`.
 
 Each point runs in a process of its own, one a GPU or one a CPU core. The same command continues a sweep that was
 stopped: what completed or diverged is recognised by the hash of its resolved configuration and never run twice, what
-crashed or was killed goes on from its last checkpoint. Any number of these commands share one directory. See
-scripts/sweep_points.py for the sweep file and scripts/sweep_workers.py for what lies in the directory.
+crashed or was killed goes on from its last checkpoint. Any number of these commands share one directory. At the end
+scripts/report/ writes the page of what is finished into its folder report. See scripts/sweep_points.py for the sweep
+file and scripts/sweep_workers.py for what lies in the directory.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from data.loader import EvalLoader, TrainLoader
-from data.shards import DataError, TokenStream
+from data.prepare import SHARD_TOKENS
+from data.shards import MANIFEST, DataError, TokenStream
 from data.tokenizers import vocab_size
 from model.gpt2 import GPT2
 from optim import RoutingError
-from scripts.sweep_engines import parse_parameters, submit, wandb_grids
+from scripts import report
+from scripts.sweep_engines import parse_parameters, submit, write_wandb_grids
 from scripts.sweep_points import Point, Sweep, expand, read_sweep
 from scripts.sweep_workers import (
     Outcome,
@@ -55,6 +58,10 @@ from training.optimizers import build_optimizers
 from training.run_directory import FINISHED, changes_since, read_json
 
 TRIAL_STEPS = 8
+PREPARE = {  # what makes the tokens that configs/ names
+    "data/tokens/sotu-gpt2-2048": "sample --tokenizer gpt2-2048",
+    "data/tokens/fineweb10B-gpt2": "fineweb --shards {shards}",
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What would fail is told before the first run starts
@@ -67,8 +74,12 @@ def check(points: Sequence[Point]) -> None:
             break  # a seed changes none of this
         config = point.config
         context, micro_batch = config.model.context, config.train.micro_batch
+        path = config.data.path
+        if path in PREPARE and not Path(path, MANIFEST).exists():
+            how = PREPARE[path].format(shards=math.ceil(point.tokens / SHARD_TOKENS))
+            raise ConfigError(f"{path} holds no tokens yet; make them with: python -m data.prepare {how}")
         try:
-            text, val = TokenStream(config.data.path, "train"), TokenStream(config.data.path, "val")
+            text, val = TokenStream(path, "train"), TokenStream(path, "val")
             TrainLoader(
                 text,
                 context=context,
@@ -234,8 +245,19 @@ def run(sweep: Sweep, points: Sequence[Point], directory: Path, places: Places) 
     if left:
         more = f" ({len(left) - 10} more)" if len(left) > 10 else ""
         print(f"{len(left)} of {len(points)} runs are not finished{more}; the same command continues")
-    print(f"\npython -m scripts.report {directory} --out {directory / 'report'}")
+    if len(left) < len(points):
+        write_report(directory)
     return 1 if left else 0
+
+
+def write_report(directory: Path) -> None:
+    """The page of all that is finished; where it cannot be made, a sentence says why and the runs stand."""
+    print(flush=True)
+    try:
+        report.main([str(directory), "--out", str(directory / "report")])
+    except ImportError as error:
+        hint = "install it with: pip install -r requirements-extra.txt"
+        print(f"error: a report needs {error.name}; {hint}", file=sys.stderr)
 
 
 def show_plan(sweep: Sweep, points: Sequence[Point], directory: Path, places: Places) -> int:
@@ -277,13 +299,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=positive, help="runs at once on each GPU (default: 1) or CPU (one a core)")
     parser.add_argument("--nproc", type=positive, default=1, help="processes of each run, under torchrun (one a GPU)")
     parser.add_argument("--slurm", metavar="KEY=VALUE,...", help="submit an array of jobs, with submitit's parameters")
-    parser.add_argument("--wandb-sweep", action="store_true", help="print the grids for `wandb sweep`, one a method")
+    parser.add_argument("--wandb-sweep", type=Path, metavar="FOLDER", help="write a file for `wandb sweep` a method")
     options = parser.parse_intermixed_args(arguments)
     try:
         sweep = read_sweep(options.sweep)
         points = expand(sweep, options.overrides)
         if options.wandb_sweep:
-            print(wandb_grids(sweep, options.overrides), end="")
+            for path in write_wandb_grids(sweep, options.overrides, options.wandb_sweep):
+                print(shlex.join(["wandb", "sweep", str(path)]))
             return 0
         check(points)
         directory = options.dir or Path("logs", "sweeps", sweep.name)

@@ -13,7 +13,7 @@ import yaml
 
 from scripts.sweep_points import Point, Sweep, as_texts
 from scripts.sweep_workers import Outcome, Workers, find_places, stoppable
-from training.config import ConfigError
+from training.config import ConfigError, load_config
 
 if TYPE_CHECKING:
     import submitit
@@ -72,19 +72,27 @@ def parse_parameters(text: str) -> dict[str, Any]:
 # wandb
 
 
-def wandb_grids(sweep: Sweep, overrides: Sequence[str]) -> str:
-    """YAML for `wandb sweep`, one document a method: a grid over its axes and the seeds; run from the repository."""
-    documents = []
+def write_wandb_grids(sweep: Sweep, overrides: Sequence[str], folder: Path) -> list[Path]:
+    """Write a file for `wandb sweep` a method: a grid over its axes and the seeds, to be run from the repository.
+
+    wandb has runs of a sweep in the sweep's own project, whatever they ask for.
+    """
+    shared = [*as_texts(sweep.keys), *overrides]
+    project = load_config(sweep.base, shared).wandb.project
+    start = ["${env}", "${interpreter}", "${program}", "--config", str(sweep.base)]
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
     for method in sweep.methods:
-        fixed = [*as_texts(sweep.keys), *overrides, *as_texts(method.keys), "wandb.mode=online"]
-        start = ["${env}", "${interpreter}", "${program}", "--config", str(sweep.base)]
-        documents.append(
-            {
-                "name": f"{sweep.name}-{method.name}",
-                "program": "train_gpt2.py",
-                "method": "grid",
-                "command": [*start, *fixed, "${args_no_hyphens}"],
-                "parameters": {key: {"values": v} for key, v in (method.axes | {"seed": sweep.seeds}).items()},
-            }
-        )
-    return yaml.safe_dump_all(documents, sort_keys=False)
+        names = [f"wandb.group={sweep.name}", f"wandb.job_type={method.name}"]  # what the dashboard groups by
+        fixed = [*names, *shared, *as_texts(method.keys), "wandb.mode=online"]
+        grid = {
+            "name": f"{sweep.name}-{method.name}",
+            "project": project,
+            "program": "train_gpt2.py",
+            "method": "grid",
+            "command": [*start, *fixed, "${args_no_hyphens}"],
+            "parameters": {key: {"values": v} for key, v in (method.axes | {"seed": sweep.seeds}).items()},
+        }
+        paths.append(folder / f"{method.name}.yaml")
+        paths[-1].write_text(yaml.safe_dump(grid, sort_keys=False), encoding="utf-8")
+    return paths

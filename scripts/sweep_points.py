@@ -34,6 +34,8 @@ from training.config import Config, ConfigError, config_reader, fingerprint, fla
 
 KEYS = ("base", "seeds", "keys", "methods", "axes", "budget_minutes")
 OWN = ("seed", "run_dir")  # set by the sweep itself
+LR = "optim.matrix.lr"
+LONGEST_NAME = 255  # bytes, on all common file systems
 CONFIG_KEYS = [key for key in flatten(dataclasses.asdict(Config())) if key not in OWN]
 
 
@@ -109,10 +111,13 @@ def expand(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Point]:
     points: dict[str, Point] = {}
     for seed, (method, label, config) in itertools.product(sweep.seeds, variants):
         config = dataclasses.replace(config, seed=seed)
-        if config.wandb.group is None:
-            config = dataclasses.replace(config, wandb=dataclasses.replace(config.wandb, group=sweep.name))
         identity = fingerprint(settings(config))
         name = f"{label}-seed{seed}-{identity}"
+        if (size := len(os.fsencode(name))) > LONGEST_NAME:
+            raise ConfigError(
+                f"method {method[:40]}... of sweep {sweep.name} has too long a name: a run directory of it would have"
+                f" {size} bytes, the most are {LONGEST_NAME}"
+            )
         if identity in points:
             raise ConfigError(f"{points[identity].name} and {name} of sweep {sweep.name} are the same run; drop one")
         points[identity] = Point(method, name, identity, config)
@@ -129,9 +134,15 @@ def _variants(
     for values in itertools.product(*method.axes.values()):
         chosen = dict(zip(method.axes, values, strict=True))
         label = "-".join([method.name, *(_label(key, value) for key, value in chosen.items())])
+        compared = "-".join([method.name, *(_label(key, value) for key, value in chosen.items() if key != LR)])
         try:
             config = read([*as_texts(sweep.keys), *overrides, *as_texts(method.keys | chosen)])
-            found.append((method.name, label, config))
+            wandb = dataclasses.replace(
+                config.wandb,
+                group=config.wandb.group or sweep.name,
+                job_type=config.wandb.job_type or compared,
+            )
+            found.append((method.name, label, dataclasses.replace(config, wandb=wandb)))
         except ConfigError as error:
             raise ConfigError(f"{label} of sweep {sweep.name}: {error}") from error
     return found
@@ -139,8 +150,13 @@ def _variants(
 
 def _method(name: str, values: Any, shared: dict[str, list], path: Path) -> Method:
     where = f"method {name} of {path}"
-    if not re.fullmatch(r"[\w.+]+", name):
-        raise ConfigError(f"{where} must be named by letters, digits and _ . + only: run directories are named by it")
+    if not re.fullmatch(r"[\w+][\w.+]*", name):
+        raise ConfigError(
+            f"{where} must be named by letters, digits and _ . + only, not beginning with a dot: run directories are"
+            " named by it"
+        )
+    if values is None:
+        raise ConfigError(f"{where} is empty; write {{}} for the base unchanged")
     keys = dict(_section(values, where))
     axes = _axes(keys.pop("axes"), where) if "axes" in keys else shared
     _check_names(keys, CONFIG_KEYS, where)
@@ -203,15 +219,18 @@ def _is_number(value: Any) -> bool:
 
 def as_texts(keys: Mapping[str, Any]) -> list[str]:
     """Keys and values as the command line takes them."""
-    return [f"{key}={_as_text(value)}" for key, value in keys.items()]
+    return [f"{key}={_as_text(key, value)}" for key, value in keys.items()]
 
 
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _as_text(key: str, value: Any) -> str:
+    try:
+        return value if isinstance(value, str) else json.dumps(value)
+    except TypeError as error:
+        raise ConfigError(f"{key}: {value} is a {type(value).__name__} to YAML; text must stand in quotes") from error
 
 
 def _label(key: str, value: Any) -> str:
     """A value in the name of a run directory: after its key, unless it is a word that says what it is."""
-    text = _as_text(value)
+    text = _as_text(key, value)
     is_word = isinstance(value, str) and value[:1].isalpha()
     return re.sub(r"[^\w.+-]+", "_", text if is_word else f"{key.rsplit('.', 1)[-1]}{text}")[:40]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -247,7 +248,8 @@ class Workers:
             self.seconds.append(seconds)
         summary = read_summary(run)
         if summary["status"] in FINISHED:
-            told = f"validation loss {summary['val_loss']:.4f}" if summary["status"] == "completed" else ""
+            completed = summary["status"] == "completed"
+            told = f"validation loss {summary['val_loss']:.4f}" if completed else why_diverged(run / "stdout.log")
             return Outcome(summary["status"], told, seconds)
         if self.stopped or code == STOPPED:
             return Outcome("interrupted", seconds=seconds)
@@ -329,6 +331,14 @@ def read_summary(run: Path) -> dict:
         if not summary.get("parent"):
             return summary
     return {"status": None}
+
+
+def why_diverged(log: Path) -> str:
+    """What a run said of its divergence; under torchrun other lines come after it."""
+    with suppress(OSError):
+        if told := re.findall(r"^diverged: ([^;\n]*)", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
+            return told[-1]
+    return ""
 
 
 def last_line(log: Path) -> str:

@@ -1,8 +1,10 @@
 """A Weights & Biases workspace that compares orthogonalizers: `python -m scripts.wandb_dashboard --entity NAME`.
 
 Builds the workspace in code and saves it to the project, so that nobody arranges panels by hand: validation loss
-against learning rate, step and seconds, one line a method and learning rate, and what the updates looked like. Runs get
-there with wandb.mode=online, or offline and `wandb sync RUN/wandb/offline-run-*` later, which arrives as the same run.
+against learning rate, step and seconds, one line a method and learning rate, and what the updates looked like. The
+method is wandb's job type: a sweep's own name for it, with its values on other axes than the learning rate, and in runs
+outside sweeps the orthogonalizer or optimizer. Runs get there with wandb.mode=online, or offline and `wandb sync
+RUN/wandb/offline-run-*` later, which arrives as the same run.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from training.config import ConfigError, WandbConfig
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
 
-METHOD = ("optim.matrix.optimizer", "optim.matrix.orthogonalizer", "optim.matrix.shape_scale", "optim.matrix.lr")
+KEYS = ("optim.matrix.shape_scale", "optim.matrix.steps", "optim.matrix.lr")  # which a job type need not tell
 
 
 def build(entity: str, project: str, group: str | None) -> Workspace:
@@ -36,7 +38,7 @@ def build(entity: str, project: str, group: str | None) -> Workspace:
         settings=ws.WorkspaceSettings(x_axis="Step", max_runs=100),
         runset_settings=ws.RunsetSettings(
             filters=f"Group == '{group}'" if group else "",
-            groupby=[ws.Config(key) for key in METHOD],
+            groupby=[ws.Metric("JobType"), *map(ws.Config, KEYS)],
             order=[ws.Ordering(ws.Summary("val_loss"), ascending=True)],
         ),
     )
@@ -46,6 +48,7 @@ def _losses() -> Section:
     from wandb_workspaces import workspaces as ws
     from wandb_workspaces.reports import v2 as panels
 
+    varied = [panels.Metric("JobType"), *map(panels.Config, KEYS), panels.SummaryMetric("val_loss")]
     shared = dict(y=["val.loss"], groupby_aggfunc="mean", groupby_rangefunc="stddev", max_runs_to_show=100)
     return ws.Section(
         name="Validation loss",
@@ -61,10 +64,7 @@ def _losses() -> Section:
             panels.LinePlot(title="against time", x="val.seconds", title_x="seconds of training", **shared),
             panels.ParallelCoordinatesPlot(
                 title="Everything that was varied",
-                columns=[
-                    *(panels.ParallelCoordinatesPlotColumn(panels.Config(key)) for key in METHOD),
-                    panels.ParallelCoordinatesPlotColumn(panels.SummaryMetric("val_loss")),
-                ],
+                columns=[panels.ParallelCoordinatesPlotColumn(metric) for metric in varied],
             ),
         ],
     )

@@ -569,10 +569,23 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return values if base is None else _merge(_read_yaml(path.parent / str(base), (*above, path)), values)
 
 
+class OnceLoader(FAST_LOADER):
+    """Refuses a mapping that gives a key twice, of which PyYAML would keep the last without a word."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        given: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
+        for key, value in node.value:
+            if key.value in given:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            given[key.value] = key, value
+        super().flatten_mapping(node)  # puts what << names before the keys beside it
+        node.value = list({key.value: (key, value) for key, value in node.value}.values())
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """The keys and values of one YAML file; raises ConfigError with one sentence."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), FAST_LOADER)
+        values = yaml.load(path.read_text(encoding="utf-8"), OnceLoader)
     except OSError as error:
         known = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none"
         raise ConfigError(f"cannot read {path}: {error.strerror}; YAML files in that folder: {known}") from error
@@ -697,5 +710,5 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
-    """Eight hexadecimal digits that are the same for equal settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    """Twelve hexadecimal digits that are the same for equal settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

@@ -92,6 +92,7 @@ def start_tracker(config: Config, run_dir: Path, enabled: bool) -> NoTracker:
             project=config.wandb.project,
             name=run_dir.name,
             group=config.wandb.group or config.name,
+            job_type=config.wandb.job_type or method,
             tags=[matrix.optimizer, method, *config.wandb.tags],
             config=dataclasses.asdict(config),
             dir=str(run_dir),

@@ -18,6 +18,7 @@ import time
 import zipfile
 from collections import Counter
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from scripts import sweep, sweep_engines, sweep_workers
 from scripts.sweep_points import expand, log_spaced, read_sweep
 from scripts.sweep_workers import Workers, attempts, find_places, finished_runs, locked
 from tests.faults.harness import wait_for
-from training.config import ConfigError, fingerprint, load_config, settings, to_yaml
+from training.config import ConfigError, fingerprint, load_config, read_mapping, settings, to_yaml
 from training.run_directory import settings_of
 
 FAKE = """
@@ -52,6 +53,9 @@ if act == "deaf":
 if act in ("hang", "deaf"):
     (run / "hangs").touch()
     time.sleep(60)
+if act == "diverge":
+    print("diverged: step 7: loss inf, learning rate 0.03; training stopped; last checkpoint: none")
+    print("torchrun: rank 0 ended with exit code 3")
 if act == "slow":
     time.sleep(0.3)
 status = "diverged" if act == "diverge" else "completed"
@@ -87,6 +91,7 @@ def fake(tmp_path, monkeypatch):
     script, ledger = tmp_path / "fake.py", tmp_path / "ledger"
     script.write_text(FAKE)
     monkeypatch.setenv("LEDGER", str(ledger))
+    monkeypatch.setattr(sweep.report, "main", lambda arguments: print("report of", *arguments) or 2)
     for module in (sweep, sweep_workers):
         monkeypatch.setattr(module, "command", lambda config, nproc: [sys.executable, "-S", "-E", script, config])
     return lambda: [line.split()[0] for line in ledger.read_text().splitlines()] if ledger.exists() else []
@@ -120,6 +125,15 @@ def test_points_are_the_product_and_a_seed_is_whole_before_the_next(write):
     assert points[3].tokens == 4 * 512
 
 
+def test_runs_carry_what_is_compared_to_wandb_and_their_fingerprints_are_blind_to_it(write):
+    methods = {"decay": {"optim.matrix.weight_decay": 0.1}, "few": {"axes": {"optim.matrix.steps": [2, 3]}}}
+    points = expand(read_sweep(write(methods=methods, seeds=1)))
+    assert [point.config.wandb.job_type for point in points] == ["decay", "decay", "few-steps2", "few-steps3"]
+    named = expand(read_sweep(write(methods=methods, seeds=1)), ["wandb.job_type=mine", "wandb.group=ours"])
+    assert {(point.config.wandb.job_type, point.config.wandb.group) for point in named} == {("mine", "ours")}
+    assert [point.fingerprint for point in named] == [point.fingerprint for point in points]
+
+
 @given(st.floats(1e-6, 1), st.floats(1.5, 1e4), st.integers(2, 20))
 def test_log_spaced_axes_go_from_end_to_end_in_equal_ratios(low, ratio, count):
     values = log_spaced([low, low * ratio, count], "x")
@@ -150,6 +164,11 @@ def test_log_spaced_axes_go_from_end_to_end_in_equal_ratios(low, ratio, count):
         ({"axes": {"train.log_every": [1, 2]}}, "are the same run"),
         ({"methods": {}}, "methods of .* is empty"),
         ({"methods": {"a/b": {}}}, "must be named by letters"),
+        ({"methods": {".a": {}}}, "method .a .* not beginning with a dot"),
+        ({"methods": {"a" * 230: {}}}, "method a{40}... of sweep pair has too long a name: .* 256 bytes"),
+        ({"methods": {"a": None}}, "method a of .* is empty; write {} for the base unchanged"),
+        ({"axes": {"optim.matrix.lr": [date(2020, 1, 1)]}}, "optim.matrix.lr: 2020-01-01 is a date to YAML; text must"),
+        ({"keys": {"optim.matrix.lr": date(2020, 1, 1)}, "axes": {}}, "optim.matrix.lr: 2020-01-01 is a date to YAML"),
         ({"methods": {"a": {"optim.matrix.lr": 1}}}, "both a key and an axis"),
         ({"methods": {"a": {"optim.matrix.orthogonalizer": "jordn"}}}, "did you mean jordan"),
         (
@@ -170,6 +189,24 @@ def test_a_mistake_in_the_file_is_told_in_one_sentence_before_anything_starts(
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1 and re.search(sentence, message), message
     assert not fake() and not (tmp_path / "dir").exists()
+
+
+def test_a_method_given_twice_is_refused(write):
+    path = Path(write())
+    path.write_text(path.read_text() + "methods:\n  a: {}\n  b: {}\n  a: {optim.matrix.momentum: 0.9}\n")
+    with pytest.raises(ConfigError, match=r"a is given twice in .* line 10, column 3"):
+        read_sweep(path)
+
+
+def test_what_a_mapping_takes_over_from_another_is_not_given_twice(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text("a: &a {k: 1, j: 3}\nb: {c: &c {<<: *a, k: 2}}\nd: {<<: *c, k: 5}\ne: {<<: [*a, *c]}\n")
+    assert read_mapping(path) == yaml.safe_load(path.read_text())
+
+
+def test_fingerprints_of_many_seeds_are_all_different():
+    """Of eight digits some of so many are equal, and the sweep was refused as one that has a run twice."""
+    assert len({fingerprint({"seed": seed}) for seed in range(300_000)}) == 300_000
 
 
 @pytest.mark.parametrize("override", ["optim.matrix.lr=1", "seed=3", "run_dir=x"])
@@ -208,7 +245,9 @@ def test_the_sweeps_that_come_along_can_be_read(path):
         "steps": 42,
         "gpu_hour": 60,
         "optimizers": 108,
-        "bf16_arms": 108,
+        "bf16_arms": 42,
+        "transfer_width": 60,
+        "transfer_depth": 60,
     }
     counts |= {"paper_small_1B": 19, "paper_large_1B": 19, "controlled_small_1B": 162}
     assert len(expand(read_sweep(path))) == counts[path.stem]
@@ -224,7 +263,8 @@ def test_every_point_runs_once_and_the_same_command_finds_nothing_to_do(write, t
     names = [point.name for point in expand(read_sweep(path))]
     assert sorted(fake()) == sorted(names)
     out = capsys.readouterr().out
-    assert f"{names[0]}: completed, validation loss 3.5000" in out and f"python -m scripts.report {directory}" in out
+    assert f"{names[0]}: completed, validation loss 3.5000" in out
+    assert out.endswith(f"\nreport of {directory} --out {directory / 'report'}\n")
     assert run(path, directory, "train.log_every=1") == 0  # touches no result
     assert len(fake()) == 8
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -238,6 +278,7 @@ def test_crashed_killed_and_diverged_points_are_recorded_and_the_others_go_on(wr
     assert run(path, directory) == 1
     out = capsys.readouterr().out
     assert "failed, exit code 1, RuntimeError: it broke" in out and "failed, killed by SIGKILL" in out
+    assert re.search(r"diverged, step 7: loss inf, learning rate 0.03, \d+:\d\d\n", out)
     assert "2 of 4 runs are not finished; the same command continues" in out
     assert Counter(a["status"] for a in attempts(directory)) == {"failed": 2, "diverged": 1, "completed": 1}
     act()
@@ -246,6 +287,39 @@ def test_crashed_killed_and_diverged_points_are_recorded_and_the_others_go_on(wr
     again = [name.split("-seed")[0] for name in fake()[len(before) :]]
     assert sorted(again) == ["pair-lr0.01", "pair-lr0.02"]  # the diverged one has its result
     assert len(finished_runs(directory)) == 4
+
+
+def test_no_report_is_written_of_nothing_and_none_by_a_dry_run(write, tmp_path, fake, act, capsys):
+    path = write(seeds=1)
+    act(**{"0_01": "crash", "0_02": "crash"})
+    assert run(path, tmp_path / "dir") == 1
+    assert "2 of 2 runs are not finished" in (out := capsys.readouterr().out) and "report of" not in out
+    act()
+    assert run(path, tmp_path / "dir", "--dry-run") == 0
+    assert "report of" not in capsys.readouterr().out
+
+
+def test_a_library_that_the_report_lacks_is_a_sentence_and_no_failure(write, tmp_path, fake, capsys, monkeypatch):
+    def lacking(arguments):
+        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+
+    monkeypatch.setattr(sweep.report, "main", lacking)
+    assert run(write(), tmp_path / "dir") == 0
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last == "error: a report needs scipy; install it with: pip install -r requirements-extra.txt"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "how"),
+    [("sotu-gpt2-2048", "sample --tokenizer gpt2-2048"), ("fineweb10B-gpt2", "fineweb --shards 3")],
+)
+def test_missing_tokens_of_the_configurations_are_told_with_the_command_that_makes_them(
+    write, tmp_path, capsys, monkeypatch, tokens, how
+):
+    monkeypatch.chdir(tmp_path)
+    keys = {"data.path": f"data/tokens/{tokens}", "train.steps": 2_000_001, "train.batch_tokens": 128}
+    assert run(write(keys=keys), tmp_path / "dir") == 2
+    assert capsys.readouterr().err.endswith(f"make them with: python -m data.prepare {how}\n")
 
 
 def test_a_half_written_run_is_set_aside_and_never_counted(write, tmp_path, fake):
@@ -454,8 +528,9 @@ def test_a_lock_is_held_until_the_last_holder_ends(write, tmp_path):
         assert one is not None
 
 
-def test_real_runs_one_of_them_in_a_job_of_submitit(write, tmp_path, capsys):
+def test_real_runs_one_of_them_in_a_job_of_submitit(write, tmp_path, capsys, monkeypatch):
     pytest.importorskip("submitit")
+    pytest.importorskip("matplotlib")
     path, directory = write(seeds=1, keys={"train.steps": 2}), tmp_path / "dir"
     points = expand(read_sweep(path))
     [job] = sweep_engines.submit(points[:1], directory, 1, {"timeout_min": 5}, cluster="local")
@@ -465,6 +540,11 @@ def test_real_runs_one_of_them_in_a_job_of_submitit(write, tmp_path, capsys):
     losses = [json.loads((directory / point.name / "summary.json").read_text())["val_loss"] for point in points]
     assert losses[0] != losses[1]
     assert "final validation loss" in (directory / points[0].name / "stdout.log").read_text()
+    assert (directory / "report" / "report.html").is_file()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    capsys.readouterr()
+    assert run(path, directory) == 0
+    assert "requirements-extra.txt" in (said := capsys.readouterr().err) and said.count("error: ") == 1
 
 
 LONG = {  # keys of a run that can be stopped on its way
@@ -508,20 +588,32 @@ def test_slurm_that_is_not_there_or_misread_is_told(write, tmp_path, capsys, mon
     }
 
 
-def test_a_wandb_sweep_is_the_same_grid(write, capsys):
+def load_as_wandb_does(path: Path) -> dict:
+    try:
+        from wandb.sdk.launch.sweeps.utils import load_sweep_config
+    except ImportError:
+        return yaml.safe_load(path.read_text())
+    return load_sweep_config(str(path))
+
+
+def test_a_wandb_sweep_is_the_same_grid_in_a_file_a_method(write, tmp_path, capsys):
     methods = {"a": {}, "b": {"train.steps": 3, "axes": {"optim.matrix.optimizer": ["muon", "adamw"]}}}
-    path = write(methods=methods, keys={"data.epochs": 2})
-    assert sweep.main([path, "--wandb-sweep", "train.eval_every=3"]) == 0
-    documents = list(yaml.safe_load_all(capsys.readouterr().out))
+    path, folder = write(methods=methods, keys={"data.epochs": 2}), tmp_path / "grids"
+    assert sweep.main([path, "--wandb-sweep", str(folder), "train.eval_every=3"]) == 0
+    files = [folder / "a.yaml", folder / "b.yaml"]
+    assert capsys.readouterr().out.splitlines() == [f"wandb sweep {file}" for file in files]
     ours = {fingerprint(settings(point.config)) for point in expand(read_sweep(path), ["train.eval_every=3"])}
     theirs = set()
-    for document in documents:
+    for file in files:
+        document = load_as_wandb_does(file)
+        assert document["project"] == "gpt2-matrix-optimizers"
         assert document["command"][:4] == ["${env}", "${interpreter}", "${program}", "--config"]
         keys = document["parameters"]
         for values in itertools.product(*(keys[key]["values"] for key in keys)):
             grid = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
             config = load_config(document["command"][4], [*document["command"][5:-1], *grid])
-            assert config.wandb.mode == "online"
+            names = (config.wandb.mode, config.wandb.group, config.wandb.job_type)
+            assert names == ("online", "pair", file.stem)
             theirs.add(fingerprint(settings(config)))
     assert theirs == ours and len(ours) == 8
 
@@ -555,6 +647,31 @@ def test_the_runs_of_a_stopped_or_killed_sweep_save_themselves_and_go_on_where_t
         json.loads((d / point.name / "summary.json").read_text())["val_loss"] for d in (directory, tmp_path / "whole")
     }
     assert len(losses) == 1
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_stopped_with_its_sweep_and_ends_with_the_same_loss(write, tmp_path):
+    path = write(seeds=1, axes={"optim.matrix.lr": [0.01]}, keys=LONG)
+    [point] = expand(read_sweep(path))
+
+    def ranks(name: str) -> int:
+        return run(path, tmp_path / name, "--nproc", "2")
+
+    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(ranks("stopped")))
+    process.start()
+    wait_for(lambda: steps_taken(tmp_path / "stopped" / point.name) > 20 or not process.is_alive())
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 75
+    assert ranks("stopped") == ranks("whole") == 0
+    found = [(a["status"], a["resumed"]) for a in attempts(tmp_path / "stopped")]
+    assert found == [("interrupted", False), ("completed", True)]
+    one, other = (
+        json.loads((tmp_path / name / point.name / "summary.json").read_text()) for name in ("stopped", "whole")
+    )
+    assert one["val_loss"] == other["val_loss"]
+    environment = json.loads((tmp_path / "whole" / point.name / "environment.json").read_text())
+    assert environment["world_size"] == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the runs of a killed sweep go on")

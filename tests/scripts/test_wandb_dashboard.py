@@ -19,8 +19,10 @@ def sent(group=None):
 def test_runs_are_grouped_by_method_and_learning_rate_and_filtered_by_sweep():
     keys = flatten(dataclasses.asdict(Config()))
     (runs,) = sent("quickstart")["spec"]["section"]["run_sets"]
-    grouped = [key["name"].replace(".value", "", 1) for key in runs["grouping"]]  # how wandb spells nested keys
-    assert grouped == list(wandb_dashboard.METHOD) and set(grouped) <= keys.keys()
+    method, *grouped = [(key["section"], key["name"].replace(".value", "", 1)) for key in runs["grouping"]]
+    assert method == ("run", "jobType")
+    assert {section for section, _ in grouped} == {"config"} and {name for _, name in grouped} <= keys.keys()
+    assert grouped[-1][1] == "optim.matrix.lr"
     (chosen,) = runs["filters"]["filters"]
     assert (chosen["key"]["name"], chosen["op"], chosen["value"]) == ("group", "=", "quickstart")
     assert not sent()["spec"]["section"]["run_sets"][0]["filters"]["filters"]
@@ -31,6 +33,8 @@ def test_loss_is_drawn_against_the_learning_rate_on_a_logarithmic_axis():
     scatter = losses["panels"][0]["config"]
     assert (scatter["x_axis"], scatter["y_axis"]) == ("config:optim.value.matrix.lr", "summary:val_loss")
     assert scatter["x_axis_log_scale"]
+    accessors = [column["accessor"] for column in losses["panels"][3]["config"]["columns"]]
+    assert (accessors[0], accessors[-1]) == ("run:jobType", "summary:val_loss")
     assert {tuple(p["config"]["metrics"]) for p in losses["panels"][1:3]} == {("val.loss",)}
     assert all(p["config"]["use_metric_regex"] for p in updates["panels"])
 

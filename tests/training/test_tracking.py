@@ -22,6 +22,22 @@ def test_disabled_never_imports_wandb(monkeypatch, tmp_path):
     assert type(start_tracker(config("disabled"), tmp_path, True)) is NoTracker
 
 
+@pytest.mark.parametrize(
+    ("overrides", "kind"),
+    [
+        ([], "polar_express"),
+        (["optim.matrix.optimizer=soap"], "soap"),
+        (["wandb.job_type=muon_decay"], "muon_decay"),
+    ],
+)
+def test_the_job_type_is_the_method_of_the_sweep_or_what_updates_the_matrices(monkeypatch, tmp_path, overrides, kind):
+    told = {}
+    fake = types.SimpleNamespace(init=lambda **values: told.update(values), login=lambda **_: True, Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    start_tracker(load_config(None, ["wandb.mode=online", *overrides]), tmp_path, True)
+    assert (told["job_type"], told["group"]) == (kind, "gpt2")
+
+
 def test_other_ranks_track_nothing(tmp_path):
     assert type(start_tracker(config(), tmp_path, False)) is NoTracker
 
