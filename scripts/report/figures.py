@@ -230,13 +230,13 @@ def loss_vs(axis: str, found: Mapping[str, Curves], style: Looks, target: float 
 
 
 def orthogonality(found: Mapping[str, Mapping[int, float]], style: Looks) -> Callable[[Figure], None]:
-    """Median over the seeds of the largest error over the sampled matrices, by step."""
+    """By step: |s^2 - 1| of the median singular value, the largest over the sampled matrices, median over the seeds."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for method, errors in found.items():
             axes.plot(errors.keys(), errors.values(), label=_short(method), **style[method])
-        axes.set(yscale="log", xlabel="step", ylabel="orthogonality error ‖X Xᵀ − I‖₂")
+        axes.set(yscale="log", xlabel="step", ylabel="|s² − 1| of the median singular value")
 
     return draw
 

@@ -26,9 +26,10 @@ HELD_OUT = (
     " seeds choose. Where the two tables disagree, this one is the safer."
 )
 NOISE = (
-    "Noise is the standard deviation of a seed's difference (paired) or of a seed (Welch). Seeds needed: a method, to"
-    " resolve a difference of {:g} at 5 % with 80 % probability; in brackets with the noise at its upper 80 %"
-    " confidence limit, as few seeds know it badly (R. H. Browne, Statistics in Medicine 14, 1995)."
+    "Noise is the standard deviation of a seed's difference (paired, or pooled over all methods with the same seeds) or"
+    " of a seed (Welch). Seeds needed: a method, to resolve a difference of {:g} at 5 % over all pairs with 80 %"
+    " probability; in brackets with the noise at its upper 80 % confidence limit, as few seeds know it badly (R. H."
+    " Browne, Statistics in Medicine 14, 1995)."
 )
 
 
@@ -161,8 +162,8 @@ def _at_the_best(findings: Findings, style: figures.Looks) -> Iterator[Plan]:
         yield (
             "orthogonality",
             figures.orthogonality(errors, style),
-            "How far the directions of the hidden matrices are from orthogonal, at the best learning rates: the largest"
-            " of the sampled matrices, median over the seeds.",
+            "How far the directions of the hidden matrices are from orthogonal, at the best learning rates: |s² − 1| of"
+            " the median singular value, the largest of the sampled matrices, median over the seeds.",
             2.9,
         )
     if updates := {m.name: u for m in methods if (u := update_sizes(m.best))}:

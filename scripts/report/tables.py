@@ -145,18 +145,19 @@ def effects(findings: Findings) -> Table:
     for effect in findings.effects:
         c = effect.comparison
         between = "" if c.interval is None else f"{c.interval[0]:+.4f} to {c.interval[1]:+.4f}"
-        p, holm = ("" if value is None else f"{value:.2g}" for value in (c.p, c.holm))
+        holm = "" if c.holm is None else f"{c.holm:.2g}"
         span = "{:+.4f} to {:+.4f}".format(*effect.smallest_and_largest)
-        told = (f"{c.a} − {c.b}", f"{c.difference:+.4f}", between, p, holm, "yes" if c.resolved else "no")
-        rows.append((effect.key, *told, str(len(effect.pairs)), span, str(c.seeds[0]), _interpolated(effect)))
+        name = effect.key.rsplit(".", 1)[-1]
+        told = (f"{c.a} − {c.b}", f"{c.difference:+.4f}", between, holm, "yes" if c.resolved else "no")
+        rows.append((name, *told, _interpolated(effect), str(len(effect.pairs)), span, str(c.seeds[0])))
     note = (
         "Two values of one key over all pairs of methods that differ in nothing else, each at its best learning rate:"
         " the mean of their differences, tested over the seeds. Where the pairs' own differences span far, the key does"
         " not do the same everywhere. *Interpolated*: the same at each method's interpolated learning rate, with its"
         " own p (Holm): what is resolved in one way only may come from the grid."
     )
-    headers = ("key", "values", "difference", "95 % interval", "p", "p (Holm)", "resolved", "pairs", "a pair's own")
-    return Table("What one setting does by itself", (*headers, "seeds", "interpolated"), rows, note)
+    headers = ("key", "values", "difference", "95 % interval", "p (Holm)", "resolved", "interpolated", "pairs")
+    return Table("What one setting does by itself", (*headers, "a pair's own", "seeds"), rows, note)
 
 
 def _interpolated(effect: Effect) -> str:

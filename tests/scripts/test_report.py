@@ -668,6 +668,21 @@ def test_of_many_pairs_those_of_the_best_method_are_told_and_all_are_in_the_tabl
     assert "## All pairs" in markdown(found)
 
 
+def test_the_page_of_many_methods_leads_with_the_result_and_counts_its_pairs(tmp_path):
+    for i in range(12):
+        for seed in range(3):
+            more = f"train: {{steps: {i + 1}}}"
+            fake_run(
+                tmp_path / "runs", f"{i}{seed}", "jordan", 0.01, seed, 3 + i / 10 + 0.001 * (seed * i % 4), more=more
+            )
+    assert make(tmp_path / "runs", tmp_path / "out") == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.index("Lowest: jordan steps=1, 3.0000 nats per token") < page.index("<svg")
+    assert "resolved over 11 of 11 other methods" in page and "66 comparisons in all: the rest" in page
+    told = html.unescape(page).count("jordan steps=1 is lower than jordan steps=3 by")
+    assert told == 1 and "No run diverged" in page and not (tmp_path / "out" / "divergence.png").exists()
+
+
 TITLE = "<script>alert(1)</script> & $x$"
 
 
