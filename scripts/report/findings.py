@@ -23,7 +23,7 @@ from scripts.report.points import (
     reach,
     sensitivity,
 )
-from scripts.report.published import published_for
+from scripts.report.published import Published, published_for
 from scripts.report.runs import AVERAGED, Reading, Run, text
 from scripts.report.verdict import Comparison, compare_all
 
@@ -63,7 +63,7 @@ class Findings:
     held_out_verdict: list[Comparison]  # the verdict with each seed's learning rate chosen without it
     between_verdict: list[Comparison]  # the verdict at interpolated learning rates
     rule: str | None
-    published: dict[str, dict[float, float]]
+    published: Published
 
     @property
     def names(self) -> list[str]:

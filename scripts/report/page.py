@@ -13,7 +13,6 @@ from markupsafe import Markup
 from scripts.report import figures, tables
 from scripts.report.findings import Findings, orthogonality_errors, update_sizes
 from scripts.report.points import Point
-from scripts.report.published import SOURCE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -119,10 +118,10 @@ def pictures(folder: Path, findings: Findings) -> list[Picture]:
 def _over_learning_rates(findings: Findings, style: figures.Looks) -> Iterator[Plan]:
     """Loss against learning rate, and once more the methods near the best."""
     best, rows = [m.best for m in findings.methods[: len(style)]], [p for p in findings.rows if p.method in style]
-    published = f" Dashed in grey, published: {SOURCE}." if findings.published else ""
+    published = f" Dashed in grey, published: {findings.published.source}." if findings.published.lines else ""
     yield (
         "loss_vs_lr",
-        figures.loss_vs_lr(rows, best, style, findings.published),
+        figures.loss_vs_lr(rows, best, style, findings.published.lines),
         "Final validation loss against learning rate: mean and standard deviation over the seeds, seeds as faint dots,"
         f" methods {_arranged(rows)}. × where a seed diverged; numbers above the frame are means that lie beyond it."
         + published,
@@ -132,7 +131,7 @@ def _over_learning_rates(findings: Findings, style: figures.Looks) -> Iterator[P
     if 1 < len(near) < len(best):
         names = [p.method for p in near]
         own = [p for p in rows if p.method in names]
-        lines = {k: line for k, line in findings.published.items() if min(line.values()) <= near[-1].mean + CLOSE}
+        lines = {k: line for k, line in findings.published.lines.items() if min(line.values()) <= near[-1].mean + CLOSE}
         yield (
             "loss_vs_lr_close",
             figures.loss_vs_lr(own, near, {name: style[name] for name in names}, lines, headroom=CLOSE),
