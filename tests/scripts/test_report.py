@@ -19,9 +19,10 @@ import pytest
 
 import train_gpt2
 from scripts import report
-from scripts.report import published, wandb_runs
+from scripts.report import figures, published, wandb_runs
 from scripts.report.effects import effects
 from scripts.report.findings import find, update_sizes
+from scripts.report.page import pictures
 from scripts.report.points import Point, best_points, curves, held_out, interpolated, points, reach, sensitivity
 from scripts.report.runs import Reading, Run, read_runs
 from scripts.report.tables import markdown
@@ -682,6 +683,44 @@ def test_the_page_of_many_methods_leads_with_the_result_and_counts_its_pairs(tmp
     assert "resolved over 11 of 11 other methods" in page and "66 comparisons in all: the rest" in page
     told = html.unescape(page).count("jordan steps=1 is lower than jordan steps=3 by")
     assert told == 1 and "No run diverged" in page and not (tmp_path / "out" / "divergence.png").exists()
+
+
+def test_single_settings_follow_the_result_and_lines_in_a_crowd_have_one_legend(tmp_path):
+    for (i, method), steps, seed in itertools.product(enumerate(("jordan", "you", "svd")), (5, 6, 7), range(2)):
+        loss = 3 + i / 100 + steps / 1000 + seed * (i + 1) / 500
+        curve = [val(0, 7.0), val(50, 4.0), val(100, loss)]
+        more = f"train: {{steps: {steps}}}"
+        fake_run(tmp_path / "runs", f"{method}{steps}{seed}", method, 0.01, seed, loss, more=more, metrics=curve)
+    assert make(tmp_path / "runs", tmp_path / "out") == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    parts = ("Lowest: ", "What one setting does by itself", "<svg", "<h2>Verdict")
+    assert sorted(parts, key=page.index) == list(parts)
+    named = {path.stem for path in (tmp_path / "out").glob("*.svg") if "you steps=6" in path.read_text()}
+    assert named == {"loss_vs_lr"} and html.unescape(page).count("those of the first figure's legend") == 3
+
+
+def test_the_map_of_divergences_has_the_methods_with_any_and_room_beside_long_names(tmp_path):
+    """Six columns of at least a tenth of the width, and no text upon another or over the edge."""
+    from matplotlib.figure import Figure
+
+    for layers, lr, seed in itertools.product((2, 3), (0.001, 0.002, 0.004, 0.008, 0.016, 0.032), range(2)):
+        status = "diverged" if layers == 3 and lr > 0.01 and seed else "completed"
+        more = f"train: {{steps: {layers}, batch_tokens: {2**10 * layers}}}\nmodel: {{layers: {layers}}}"
+        fake_run(tmp_path, f"{layers}-{lr}-{seed}", "polar_express", lr, seed, 3 + lr, status, more=more)
+    found = find(read_runs([tmp_path]), None, 0.01, None)
+    pictures(tmp_path, found)
+    assert "layers=3" in (svg := (tmp_path / "divergence.svg").read_text()) and "layers=2" not in svg
+
+    names = sorted(found.names, reverse=True)
+    figure = Figure(figsize=(figures.WIDTH, figures.divergence_inches(names)), layout="constrained")
+    figures.divergence(found.rows, names)(figure)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert len(names[0]) > 45 and axes.get_position().width > 0.6
+    texts = [*axes.get_yticklabels(), *axes.texts, axes.xaxis.label]
+    boxes = [text.get_window_extent() for text in texts]
+    assert all(0 <= box.x0 < box.x1 <= figure.bbox.width for box in boxes)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 TITLE = "<script>alert(1)</script> & $x$"
