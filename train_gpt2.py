@@ -38,20 +38,21 @@ from model.gpt2 import GPT2
 from optim import RoutingError
 from training import guard, mfu, resume, run_directory, runtime
 from training.checkpoints import FOLDER as CHECKPOINTS
-from training.checkpoints import Checkpoint, CheckpointError, Checkpoints, published, step_of
+from training.checkpoints import Checkpoint, CheckpointError, Checkpoints, published, step_of, sync_folder
 from training.config import Config, ConfigError, key_help, load_config, settings, to_yaml
 from training.evaluation import Evaluation, evaluate
 from training.finished_run import load_run, model_config, sample_text, save_weights
 from training.gradients import save_gradients
 from training.guard import DivergedError, SpikeGuard
 from training.inspection import inspect_step
-from training.metrics import Metrics, duration, status_line
+from training.metrics import Metrics, duration, status_line, warn
 from training.optimizers import build_optimizers, conventions, routing_table, set_learning_rate
 from training.resume import FinishedError
 from training.runtime import Runtime
 from training.schedule import lr_factor
 from training.state import gather_state, options, restore_state
 from training.stopping import Stopped, StopRequest, stop_request
+from training.streams import unfailing
 from training.tracking import start_tracker
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -289,7 +290,10 @@ class Run:
         if self.spikes.skips(step, scores):
             return values | {"skipped": True}
         if self.rt.is_main and step in self.config.train.save_gradients_at:
-            save_gradients(self.model, self.config.optim.rules, self.dir, step, self.config.name)
+            try:
+                save_gradients(self.model, self.config.optim.rules, self.dir, step, self.config.name)
+            except OSError as error:
+                warn(f"the gradients of step {step} are not kept: {error.strerror or error}")
         if self.config.optim.grad_clip is not None:
             clip_grads_with_norm_(self.model.parameters(), self.config.optim.grad_clip, norm)
         return values
@@ -451,9 +455,11 @@ class Run:
                     f"the result cannot be written to {self.dir}: {error.strerror or error}; make room there and do"
                     f" what comes after the last checkpoint, {self.checkpoints.newest}, again: {self.how_to_go_on()}"
                 ) from error
+            with suppress(OSError):
+                sync_folder(self.dir)  # the weights are there before the checkpoints are gone
         self.checkpoints.close(status == "completed")
         self.lock.close()
-        self.tracker.finish(self.summary(status))
+        self.tracker.finish(self.summary(status), brief=status == "interrupted")
 
 
 def train(config: Config, rt: Runtime, place: str | None = None) -> Path:
@@ -484,7 +490,10 @@ def tell_result(run_dir: Path, device: torch.device) -> None:
     )
     if config.sample.tokens:
         sample = sample_text(model, text, config.sample, config.seed)
-        (run_dir / "sample.txt").write_text(sample + "\n", encoding="utf-8")
+        try:
+            (run_dir / "sample.txt").write_text(sample + "\n", encoding="utf-8")
+        except OSError as error:
+            warn(f"cannot write {run_dir / 'sample.txt'}: {error.strerror}")
         print(f"\n--- sample ---\n{sample}\n--------------")
     print(f"\nthe run lies in {run_dir}")
 
@@ -530,6 +539,12 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Config, str | None, bool]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0: trained; 2: config, data or checkpoint cannot be used; 3: diverged; 4: out of memory; 5: another
     rank was lost; 75: stopped on request and saved; 130: interrupted."""
+    with unfailing():
+        return obey(arguments)
+
+
+def obey(arguments: Sequence[str] | None) -> int:
+    """What main does, with streams that cannot fail."""
     config = None
     try:
         config, place, print_only = read_arguments(sys.argv[1:] if arguments is None else arguments)
@@ -552,6 +567,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return tell(f"diverged: {error}", 3)
     except KeyboardInterrupt:
         return tell("interrupted; nothing is left running", 130)
+    except OSError as error:
+        return tell(
+            "; ".join([f"error: {error.filename or 'the system'}: {error.strerror or error}", *notes(error)]), 2
+        )
     except (RuntimeError, MemoryError) as error:
         if runtime.out_of_memory(error):
             return tell(out_of_memory(config, error), 4, alone=True)

@@ -12,6 +12,15 @@ import signal
 import sys
 from typing import NoReturn
 
+if __name__ == "__main__":  # before the imports below, which take seconds; no rank has begun
+
+    def end(_number: int, _frame: object) -> NoReturn:
+        os.write(2, b"stopped before any rank began; the same command goes on\n")
+        os._exit(75)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, end)
+
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException
 
@@ -25,7 +34,8 @@ def hand_on(number: int, _frame: object) -> NoReturn:
 
 if __name__ == "__main__":
     os.environ["TORCHRUN"] = "python -m scripts.launch"  # for the command that goes on, see training/resume.py
-    signal.signal(signal.SIGUSR1, hand_on)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, hand_on)  # torchrun has handlers of its own for all but SIGUSR1, later
     try:
         run.main()
     except SignalException as request:

@@ -52,6 +52,13 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used: one sentence that names it and says why."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that is not what was written, and never will be again: the one before can take its place.
+
+    One that cannot be read now, or is of another version of this code, is not damaged.
+    """
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -81,7 +88,7 @@ class Checkpoint:
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a checkpoint and compare every file with the manifest; raises CheckpointError."""
+    """Read a checkpoint and compare every file with the manifest; raises CheckpointError, DamagedError among them."""
     manifest = _read_manifest(path)
     if path.name != name_of(step := manifest["content"]["step"]):
         raise CheckpointError(f"{path} holds the checkpoint of step {step}; give it back its name, {name_of(step)}")
@@ -91,12 +98,12 @@ def read(path: Path) -> Checkpoint:
         try:
             found = _describe(path / name)
         except OSError as error:
-            raise CheckpointError(f"checkpoint {path} is damaged: cannot read {name}: {error.strerror}") from error
+            raise _unread(path, name, error) from error
         if found["bytes"] != expected.get("bytes"):
             sizes = f"{found['bytes']:,} bytes instead of {expected.get('bytes')}"
-            raise CheckpointError(f"checkpoint {path} is damaged: {name} has {sizes}")
+            raise DamagedError(f"checkpoint {path} is damaged: {name} has {sizes}")
         if found != expected:
-            raise CheckpointError(f"checkpoint {path} is damaged: the content of {name} has changed")
+            raise DamagedError(f"checkpoint {path} is damaged: the content of {name} has changed")
 
     in_parallel(check, manifest["files"].items())
     return Checkpoint(path, manifest["content"], tuple(manifest["files"]))
@@ -106,18 +113,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except OSError as error:
-        if not path.is_dir():
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and not path.is_dir():
             raise CheckpointError(f"there is no checkpoint {path}") from error
-        raise CheckpointError(f"checkpoint {path} is damaged: cannot read {MANIFEST}: {error.strerror}") from error
+        raise _unread(path, MANIFEST, error) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} is not valid JSON") from error
-    version = manifest.get("format") if isinstance(manifest, dict) else None
-    if version != FORMAT:
+        raise DamagedError(f"checkpoint {path} is damaged: {MANIFEST} is not valid JSON") from error
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
+        raise DamagedError(f"checkpoint {path} is damaged: the content of {MANIFEST} has changed")
+    if (version := manifest.get("format")) != FORMAT:
         raise CheckpointError(
             f"checkpoint {path} has format {version!r}, this code reads {FORMAT}; go on with the code in source.zip"
         )
-    if manifest.pop("sha256", None) != _digest(manifest):
-        raise CheckpointError(f"checkpoint {path} is damaged: the content of {MANIFEST} has changed")
     content, files = manifest.get("content"), manifest.get("files")
     whole = isinstance(content, dict) and type(content.get("step")) is int and isinstance(files, dict)
     if not whole or not all(FILE.fullmatch(name) and isinstance(found, dict) for name, found in files.items()):
@@ -125,14 +131,31 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _unread(path: Path, name: str, error: OSError) -> CheckpointError:
+    """Of a file that is gone the checkpoint is damaged; one that the system refuses to read may be there tomorrow."""
+    if isinstance(error, FileNotFoundError):
+        return DamagedError(f"checkpoint {path} is damaged: cannot read {name}: {error.strerror}")
+    return CheckpointError(
+        f"cannot read {path / name}: {error.strerror}; make it readable, or remove {path} to go on from the one before"
+    )
+
+
 def newest(run: Path, tell: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint of a run directory that is whole; `tell` hears a sentence for each one passed over."""
+    """The newest checkpoint of a run directory that is whole, None where there never was one.
+
+    `tell` hears a sentence for each damaged one that is passed over. Raises CheckpointError where all are damaged, or
+    one is of another version or cannot be read now: to begin again would cost what they hold.
+    """
     paths = published(run / FOLDER)
     while paths:
         try:
             return read(paths.pop())
-        except CheckpointError as error:
-            tell(f"{error}; {'using the one before' if paths else 'none is left, so the run begins again'}")
+        except DamagedError as error:
+            if not paths:
+                raise CheckpointError(
+                    f"{error}; none is left of {run}: start a new run, or remove {run / FOLDER} to begin this one again"
+                ) from error
+            tell(f"{error}; using the one before")
     return None
 
 

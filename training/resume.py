@@ -90,11 +90,27 @@ def begin(config: Config, resume: str | None, rt: Runtime, held: ExitStack) -> B
             raise FinishedError(run, status)
     found = _chosen(run, chosen) if chosen else checkpoints.newest(run, warn)
     _require_same(run, config, found)
-    if not found and (parent := parent_of(run)):
-        found = _chosen(run, Path(parent))
+    if not found:
+        found = _before_its_first(run)
     if found:
         _tell_surroundings(found, rt)
     return Beginning(run, found, resumed=True)
+
+
+def _before_its_first(run: Path) -> Checkpoint | None:
+    """Where a run without any checkpoint goes on: None is the first step, and the parent's checkpoint of a branch.
+
+    Raises ConfigError where that would cost a result.
+    """
+    if (run / "model.safetensors").exists():
+        raise ConfigError(
+            f"{run} holds trained weights and no readable summary.json; it has ended: start a new run, or remove"
+            " model.safetensors to train this one again"
+        )
+    parent = read_json(run / "environment.json").get(
+        "parent"
+    )  # not by parent_of: a damaged one must not be passed over
+    return _chosen(run, Path(parent)) if parent else None
 
 
 def _chosen(run: Path, place: Path) -> Checkpoint:

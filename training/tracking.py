@@ -16,6 +16,7 @@ from training.metrics import read_records, warn
 
 MAX_WAITING = 1000  # records that wait for a slow wandb before further ones are left out
 FINISH_SECONDS = 30  # longer than finish_timeout, wandb's own limit for the same
+BRIEF_SECONDS = 10  # of a run that was asked to stop: torchrun kills it 30 s after it asked
 
 
 class NoTracker:
@@ -24,7 +25,7 @@ class NoTracker:
     def log(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         pass
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def finish(self, summary: Mapping[str, Any], brief: bool = False) -> None:
         pass
 
 
@@ -49,15 +50,16 @@ class WandbTracker(NoTracker):
             self._told_full = True
             warn(f"wandb is too slow: with {MAX_WAITING:,} records waiting it misses the next; metrics.jsonl has all")
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Wait FINISH_SECONDS at most until wandb has taken what waits for it."""
+    def finish(self, summary: Mapping[str, Any], brief: bool = False) -> None:
+        """Wait FINISH_SECONDS at most until wandb has taken what waits for it; `brief` is BRIEF_SECONDS."""
+        seconds = BRIEF_SECONDS if brief else FINISH_SECONDS
         self._actions.put(lambda: self._run.summary.update(dict(summary)))
         self._actions.put(lambda: self._run.finish())
         self._actions.put(None)
-        self._thread.join(FINISH_SECONDS)
+        self._thread.join(seconds)
         if self._thread.is_alive():
             self._off.set()
-            warn(f"wandb did not end within {FINISH_SECONDS} seconds and the rest was left out; metrics.jsonl has all")
+            warn(f"wandb did not end within {seconds} seconds and the rest was left out; metrics.jsonl has all")
 
     def _work(self) -> None:
         for action in iter(self._actions.get, None):

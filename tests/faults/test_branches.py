@@ -50,6 +50,11 @@ def test_a_branch_that_is_killed_before_its_first_checkpoint_begins_at_its_paren
     ended = Trainer(["--resume", str(new)]).end().check(2)
     assert f"there is no checkpoint {run}" in ended.last and "has no checkpoint of its own yet" in ended.last
     elsewhere.rename(run)
+    environment = (new / "environment.json").read_text()
+    (new / "environment.json").write_text(environment[:50])
+    ended = Trainer(["--resume", str(new)]).end().check(2)  # not begun at the first step: whose it is is not known
+    assert "environment.json is not valid JSON" in ended.last
+    (new / "environment.json").write_text(environment)
     Trainer(["--resume", str(new)]).end().check(0)
     assert result(new) == reference
 

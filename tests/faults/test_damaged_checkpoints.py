@@ -58,11 +58,10 @@ DAMAGE = {
         lambda path: rewrite(path, lambda manifest: manifest["content"].update(step=9), signed=False),
         "the content of manifest.json has changed",
     ),
-    "another format": (
-        lambda path: rewrite(path, lambda manifest: manifest.update(format=2)),
-        "has format 2, this code reads 1",
+    "a list for a manifest": (
+        lambda path: (path / "manifest.json").write_text("[1]"),
+        "the content of manifest.json has changed",
     ),
-    "a list for a manifest": (lambda path: (path / "manifest.json").write_text("[1]"), "has format None"),
 }
 
 
@@ -77,12 +76,52 @@ def test_a_damaged_newest_is_passed_over_and_set_aside(damage, sentence, auto, s
     assert not list(stopped.rglob("*.aside"))  # of use until the run had come as far again
 
 
-def test_where_all_are_damaged_the_run_begins_again(auto, stopped, reference):
+def contents(run: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def deny(path: Path) -> None:
+    """What the system refuses to read, also to root: a folder in the place of a file."""
+    unlink(path)
+    path.mkdir()
+
+
+LOSSES = {
+    "all damaged": (
+        lambda path: flip(path / "rank_0.safetensors"),
+        "is damaged: .*; none is left of .* remove .* begin",
+    ),
+    "another version": (
+        lambda path: rewrite(path, lambda manifest: manifest.update(format=2)),
+        "has format 2, this code reads 1; go on with the code in source.zip",
+    ),
+    "not to be read now": (
+        lambda path: deny(path / "rank_0.safetensors"),
+        "error: cannot read .*: Is a directory; make",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "sentence"), LOSSES.values(), ids=LOSSES)
+def test_a_run_is_never_begun_again_over_its_checkpoints(damage, sentence, auto, stopped, reference):
     for path in (stopped / "checkpoints").glob("step_*"):
-        flip(path / "rank_0.safetensors")
-    ended = Trainer(auto).end().check(0)
-    assert ended.err.count("using the one before") == 2 and "none is left, so the run begins again" in ended.err
+        damage(path)
+    before = contents(stopped)
+    ended = Trainer(auto).end().check(2)
+    assert re.search(sentence, ended.last), ended.err
+    assert contents(stopped) == before
+    shutil.rmtree(stopped / "checkpoints")
+    Trainer(auto).end().check(0)
     assert result(stopped) == reference
+
+
+def test_a_completed_run_whose_summary_is_damaged_is_not_begun_again(auto, tmp_path):
+    Trainer(auto).end().check(0)
+    (tmp_path / "run" / "summary.json").write_text("{")
+    before = contents(tmp_path / "run")
+    ended = Trainer(auto).end().check(2)
+    assert "holds trained weights and no readable summary.json; it has ended" in ended.last
+    assert contents(tmp_path / "run") == before
 
 
 def test_what_was_cut_off_while_it_was_written_is_removed(auto, stopped, reference):

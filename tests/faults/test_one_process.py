@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import types
@@ -20,6 +21,7 @@ import torch
 from scripts.kill_test import records, result
 from scripts.report.wandb_runs import read_offline
 from training import checkpoints
+from training.run_directory import REPOSITORY
 
 from .harness import (
     SPIKED,
@@ -384,6 +386,49 @@ def test_a_read_only_folder(auto, tmp_path):
     folder.mkdir(mode=0o555)
     ended = Trainer([*auto, f"run_dir={folder / 'run'}"]).end().check(2)
     assert re.fullmatch("error: cannot write the run directory .*: Permission denied; choose another.*\n", ended.err)
+
+
+def test_a_by_product_that_cannot_be_written_is_told_and_costs_nothing(settings, tmp_path, reference):
+    """The gradients that were asked for, and the sample: files stand in the way of both."""
+    run = tmp_path / "run"
+    (run / "sample.txt").mkdir(parents=True)
+    (run / "gradients").write_text("in the way")
+    asked = ["train.save_gradients_at=[2]", "sample.tokens=3", f"run_dir={run}"]
+    ended = Trainer([text for text in settings if text != "sample.tokens=0"] + asked).end().check(0)
+    assert "warning: the gradients of step 2 are not kept: " in ended.err
+    assert f"warning: cannot write {run / 'sample.txt'}: Is a directory" in ended.err
+    assert result(run) == reference
+
+
+def full(_run: object = None) -> None:
+    """Nothing can be said any more, as with a log on a full disk."""
+    for stream in (1, 2):
+        os.dup2(os.open("/dev/full", os.O_WRONLY), stream)
+
+
+def closed(_run: object = None) -> None:
+    """Nobody reads what is said."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    for stream in (1, 2):
+        os.dup2(writes, stream)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+@pytest.mark.parametrize("broken", [full, closed])
+@pytest.mark.parametrize("moment", ["before", "in training"])
+def test_streams_that_take_nothing_cost_what_would_have_been_said(broken, moment, auto, tmp_path, reference):
+    fault = broken if moment == "before" else partial(at_step, 5, broken)
+    assert Trainer(auto, fault).end().code == 0
+    assert result(tmp_path / "run") == reference
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+def test_the_exit_code_stands_where_nothing_can_be_said(auto):
+    for sink in ("> /dev/full 2>&1", "| true"):
+        command = f"{sys.executable} train_gpt2.py --config nowhere.yaml {sink}; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.count("Traceback")) == (2, 0), done.stderr
 
 
 @pytest.mark.parametrize("name", ["", "metrics.jsonl", "config.yaml", ".lock"])

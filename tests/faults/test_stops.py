@@ -46,6 +46,18 @@ def test_a_signal_before_torch_is_imported(number, auto):
     assert err == f"{word} outside of training, where there is nothing to save; the same command goes on\n"
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_before_torchrun_is_imported(number, auto):
+    command = [sys.executable, "-m", "scripts.launch", "--standalone", "--nproc_per_node=2", "train_gpt2.py", *auto]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: all(catches(process.pid, number) for number in SIGNALS))
+    os.kill(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (75, "")
+    assert err == "stopped before any rank began; the same command goes on\n"
+
+
 def catches(pid: int, number: int) -> bool:
     (mask,) = re.findall(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return bool(int(mask, 16) >> (number - 1) & 1)

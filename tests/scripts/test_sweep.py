@@ -246,6 +246,7 @@ def test_the_sweeps_that_come_along_can_be_read(path):
         "gpu_hour": 60,
         "optimizers": 108,
         "bf16_arms": 42,
+        "bf16_arms_seeds": 36,
         "transfer_width": 60,
         "transfer_depth": 60,
     }

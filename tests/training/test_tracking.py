@@ -109,14 +109,15 @@ class Held:
         self.told.append("finished")
 
 
-def test_a_wandb_that_never_answers_holds_up_neither_the_loop_nor_the_end(monkeypatch, capsys):
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.1)
+@pytest.mark.parametrize("brief", [False, True])
+def test_a_wandb_that_never_answers_holds_up_neither_the_loop_nor_the_end(brief, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "FINISH_SECONDS" if not brief else "BRIEF_SECONDS", 0.1)
     run = Held()
     tracker = WandbTracker(run)
     for step in range(20):
         tracker.log(step, "train", {"loss": 1.0})
     assert run.entered.wait(60)
-    tracker.finish({})
+    tracker.finish({}, brief)
     assert capsys.readouterr().err == (
         "warning: wandb did not end within 0.1 seconds and the rest was left out; metrics.jsonl has all\n"
     )
