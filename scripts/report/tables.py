@@ -19,7 +19,7 @@ from scripts.report.points import Sensitivity
 from scripts.report.verdict import Comparison
 from training.metrics import duration
 
-COARSE = 0.1  # part of a run that may lie between two evaluations, for a time between them to be told
+COARSE = 0.2  # part of a run that may lie between two evaluations, for a time between them to be told
 NO_PAIR = "Fewer than two methods have a result: nothing to compare."
 
 
