@@ -238,10 +238,12 @@ def test_checkpoints_with_damaged_bytes(count, file, run, saved):
     def check(content):
         (saved / file).write_bytes(content)
         take_up(run, saved)
-        told = []
-        found = checkpoints.newest(saved.parent.parent, told.append)
-        assert (found is None) == bool(told)
-        assert found is None or content == whole or json.loads(content) == json.loads(whole)
+        try:
+            checkpoints.newest(saved.parent.parent, pytest.fail)
+        except CheckpointError as error:
+            assert one_line(error) and "is damaged" in str(error)
+        else:
+            assert content == whole or json.loads(content) == json.loads(whole)
 
     fuzz(count, damaged(whole) | st.binary(max_size=100), check, whole, b"[" * 100_000)
 
