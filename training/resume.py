@@ -69,9 +69,8 @@ def begin(config: Config, resume: str | None, rt: Runtime, held: ExitStack) -> B
     changed yet, see take_up.
     """
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    begun = (
-        config.run_dir and Path(config.run_dir, "config.yaml").exists()
-    )  # by the attempt before, perhaps as a branch
+    # by the attempt before, perhaps as a branch
+    begun = config.run_dir and Path(config.run_dir, "config.yaml").exists()
     if restarted and resume != AUTO and (begun or resume is None):
         warn("torchrun started the run again, which goes on as by --resume auto")
         resume = AUTO
