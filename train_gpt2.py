@@ -455,8 +455,8 @@ class Run:
                     f"the result cannot be written to {self.dir}: {error.strerror or error}; make room there and do"
                     f" what comes after the last checkpoint, {self.checkpoints.newest}, again: {self.how_to_go_on()}"
                 ) from error
-            with suppress(OSError):
-                sync_folder(self.dir)  # the weights are there before the checkpoints are gone
+            with suppress(OSError):  # the weights are to be there before the checkpoints are gone
+                sync_folder(self.dir)
         self.checkpoints.close(status == "completed")
         self.lock.close()
         self.tracker.finish(self.summary(status), brief=status == "interrupted")

@@ -106,9 +106,7 @@ def _before_its_first(run: Path) -> Checkpoint | None:
             f"{run} holds trained weights and no readable summary.json; it has ended: start a new run, or remove"
             " model.safetensors to train this one again"
         )
-    parent = read_json(run / "environment.json").get(
-        "parent"
-    )  # not by parent_of: a damaged one must not be passed over
+    parent = read_json(run / "environment.json").get("parent")  # parent_of would pass over a damaged one
     return _chosen(run, Path(parent)) if parent else None
 
 
