@@ -2,7 +2,7 @@
 
 Finds every run directory below the folders given and writes into OUT: report.html (one file, figures included), each
 figure as PNG and SVG, runs.csv (one line a run), points.csv (one line a method and learning rate) and table.md. Runs
-are one method only if nothing but seed and learning rate differs.
+are one method only if nothing but seed and learning rate differs; it is called as in the sweep, or by what differs.
 
 runs.py and wandb_runs.py read, points.py joins seeds, verdict.py compares methods and effects.py single settings,
 published.py holds the paper's figures, findings.py brings these together; figures.py draws, tables.py and page.py

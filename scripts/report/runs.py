@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from scripts.report.wandb_runs import Stored, read_exported, read_offline
-from training.config import ConfigError
+from training.config import ConfigError, read_mapping
 from training.optimizers import keys_read
-from training.run_directory import FINISHED, read_json, settings_of
+from training.run_directory import FINISHED, config_of, read_json
 
 LR = "optim.matrix.lr"
 AVERAGED = {"seed", LR}  # what may differ between runs of one method
@@ -87,7 +87,7 @@ def read_runs(places: Iterable[str | Path]) -> Reading:
     A loss that is not finite counts as diverged. Of two runs with the same settings and seed the first by name is kept:
     counted twice, they would pass for two seeds.
     """
-    places, ended, notes = list(places), [], []
+    places, ended, told, notes = list(places), [], [], []
     for path in sorted({path.resolve(): path for place in places for path in _find(place)}.values()):
         try:
             stored = _read(path)
@@ -98,10 +98,11 @@ def read_runs(places: Iterable[str | Path]) -> Reading:
             where = path if path.suffix != ".csv" else path / run.name
             try:
                 ended.append((where, _relevant(run.settings), _checked(run.summary), records))
+                told.append(run.told_method)
             except ConfigError as error:
                 notes.append(f"left out {where}: {error}")
     runs: dict[tuple, Run] = {}
-    names = name_methods([settings for _, settings, *_ in ended])
+    names = _as_told(name_methods([settings for _, settings, *_ in ended]), told)
     for (path, settings, summary, records), method in zip(ended, names, strict=True):
         run = Run(method=method, lr=settings[LR], path=path, settings=settings, stored=records, **summary)
         kept = runs.setdefault((run.method, run.lr, run.seed), run)
@@ -132,6 +133,21 @@ def name_methods(settings: Sequence[Mapping[str, Any]]) -> list[str]:
         " ".join([str(base), *(word(key, setting.get(key)) for key in varied[base])])
         for base, setting in zip(bases, settings, strict=True)
     ]
+
+
+def _as_told(names: Sequence[str], told: Sequence[str | None]) -> list[str]:
+    """The sweep's own names of its methods, which are shorter, where they tell the same runs apart as the full ones."""
+    short, full = defaultdict(set), defaultdict(set)
+    for name, other in zip(names, told, strict=True):
+        short[name].add(other)
+        full[other].add(name)
+
+    def shown(name: str) -> str:
+        other = next(iter(short[name]))
+        alone = other and short[name] == {other} and full[other] == {name}
+        return other if alone and (other == name or other not in short) else name
+
+    return [shown(name) for name in names]
 
 
 def text(value: Any) -> str:
@@ -165,7 +181,7 @@ def _read(path: Path) -> list[tuple[Stored, Records | None]]:
         return [(run, run.records)]
     if not (path / "summary.json").is_file():
         raise ConfigError("it has no summary.json, so it still runs or was killed")
-    return [(Stored(path.name, settings_of(path), read_json(path / "summary.json", *SUMMARY)), None)]
+    return [(Stored(path.name, read_mapping(config_of(path)), read_json(path / "summary.json", *SUMMARY)), None)]
 
 
 def _checked(summary: dict[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from training.config import ConfigError, all_keys, settings
+from training.config import ConfigError, all_keys, flatten, settings
 from training.optimizers import keys_read
 
 # A .wandb file is a LevelDB log with a header of its own: records in blocks, a record that crosses blocks in parts.
@@ -25,12 +26,22 @@ NEEDED = ("optim.matrix.optimizer", "optim.matrix.orthogonalizer", "optim.matrix
 
 @dataclass(frozen=True)
 class Stored:
-    """What a run directory would hold: its settings, its summary, and its val and inspect records by step."""
+    """What a run directory holds: its configuration, its summary, and its val and inspect records by step."""
 
     name: str
-    settings: dict[str, Any]
+    config: dict[str, Any]
     summary: dict[str, Any]
     records: dict[str, dict[int, dict[str, Any]]] = field(default_factory=lambda: {"val": {}, "inspect": {}})
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return settings(self.config)
+
+    @property
+    def told_method(self) -> str | None:
+        """The sweep's name of the method."""
+        name = flatten(self.config).get("wandb.job_type")
+        return name if isinstance(name, str) else None
 
 
 def read_offline(path: Path) -> Stored:
@@ -56,7 +67,7 @@ def read_offline(path: Path) -> Stored:
                 for of in records.keys() & row.keys():
                     records[of][int(row["_step"])] = row[of]
     config.pop("_wandb", None)
-    return Stored(name, settings(config), summary, records)
+    return Stored(name, config, summary, records)
 
 
 def log_records(data: bytes, path: Path) -> Iterator[bytes]:
@@ -108,7 +119,7 @@ def read_exported(path: Path) -> list[Stored]:
         values = {key: _value(cell) for key, cell in row.items() if key and cell}
         summary = {"status": STATES.get(str(values.get("State")), "unknown")} | values
         config = {key: value for key, value in values.items() if key in keys}
-        found.append(Stored(str(values.get("Name", f"row {len(found) + 1}")), settings(config), summary))
+        found.append(Stored(str(values.get("Name", f"row {len(found) + 1}")), config, summary))
         with suppress(ConfigError):  # of an unknown optimizer: the row will be left out
             assumed |= set(filter(keys_read(found[-1].settings), found[-1].settings)) - columns
     if assumed:
