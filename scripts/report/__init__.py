@@ -19,7 +19,7 @@ from pathlib import Path
 
 from scripts.report.findings import find
 from scripts.report.page import write_page
-from scripts.report.runs import read_runs
+from scripts.report.runs import read_runs, timed
 from scripts.report.tables import headline, markdown, write_points, write_runs
 from training.config import ConfigError
 
@@ -35,10 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--difference", type=_positive, default=0.01, help="loss difference that the number of seeds needed is for"
     )
+    parser.add_argument(
+        "--step-times", type=Path, help="what scripts/bench_optimizers.py measured, instead of the runs' own seconds"
+    )
     parser.add_argument("--rule", choices=["track3"], help="judge by the rule of modded-nanogpt's track 3 as well")
     options = parser.parse_args(arguments)
     try:
         reading = read_runs(options.folders)
+        if options.step_times:
+            reading = timed(reading, options.step_times)
         findings = find(reading, options.target, options.difference, options.rule)
         options.out.mkdir(parents=True, exist_ok=True)
         write_runs(options.out / "runs.csv", findings)

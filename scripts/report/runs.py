@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Run:
     status: str
     path: Path
     settings: Mapping[str, Any] = field(repr=False, compare=False)
+    step_seconds: float | None = None  # measured elsewhere, instead of what the run recorded
     stored: Records | None = field(default=None, repr=False, compare=False)  # of a run that has no metrics.jsonl
 
     @cached_property
@@ -68,7 +70,11 @@ class Run:
     @cached_property
     def curve(self) -> dict[int, tuple[float, float]]:
         """Validation loss and seconds of training by step."""
-        pairs = {s: (r.get("loss"), r.get("seconds")) for s, r in sorted(self.records["val"].items())}
+        each = self.step_seconds
+        pairs = {
+            step: (record.get("loss"), step * each if each else record.get("seconds"))
+            for step, record in sorted(self.records["val"].items())
+        }
         return {step: (loss, seconds) for step, (loss, seconds) in pairs.items() if _finite(loss) and _finite(seconds)}
 
 
@@ -113,6 +119,27 @@ def read_runs(places: Iterable[str | Path]) -> Reading:
         reasons = f": {notes[0]}" + (f" (and {len(notes) - 1} more)" if len(notes) > 1 else "") if notes else ""
         raise ConfigError(f"no finished run lies below {', '.join(map(str, places))}{reasons}")
     return Reading(list(runs.values()), notes)
+
+
+def timed(reading: Reading, path: Path) -> Reading:
+    """The runs with the seconds that scripts/bench_optimizers.py measured for a step of their methods.
+
+    Raises ConfigError with one sentence where the file holds something else, or lacks a method.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            seconds = {row["method"]: float(row["step_wall"]) for row in csv.DictReader(file)}
+        if not all(0 < value < math.inf for value in seconds.values()):
+            raise ValueError("a time that is not positive")
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path} holds no times of steps, as scripts/bench_optimizers.py makes them: {error!r}"
+        ) from error
+    if missing := sorted({run.method for run in reading.runs} - seconds.keys()):
+        raise ConfigError(f"{path} has no time for {missing[0]}; its methods are {', '.join(seconds)}")
+    runs = [replace(run, step_seconds=seconds[run.method]) for run in reading.runs]
+    note = "seconds are not those of the runs, but their steps times what a step of the method took, measured by itself"
+    return Reading(runs, [*reading.notes, note])
 
 
 def name_methods(settings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -24,7 +24,7 @@ from scripts.report.effects import effects
 from scripts.report.findings import find, update_sizes
 from scripts.report.page import pictures
 from scripts.report.points import Point, best_points, curves, held_out, interpolated, points, reach, sensitivity
-from scripts.report.runs import Reading, Run, read_runs
+from scripts.report.runs import Reading, Run, read_runs, timed
 from scripts.report.tables import markdown
 from scripts.report.verdict import cochran, compare_all, holm, seeds_needed, track3, track3_pair
 from training.config import ConfigError, load_config, to_yaml
@@ -141,6 +141,33 @@ def test_a_sweep_has_named_its_methods(tmp_path):
     fake_run(tmp_path, "seed", "jordan", 0.01, 1, 3.0, more="train: {steps: 7}\nwandb: {job_type: short}\n")
     found = {p.losses[0]: p.method for p in points(read_runs([tmp_path]).runs)}
     assert found == {3.0 + i: shown for i, (*_, shown) in enumerate(cases)}
+
+
+def test_times_measured_elsewhere_replace_those_of_the_runs(grid, tmp_path, capsys):
+    times = tmp_path / "times.csv"
+    times.write_text("method,step_cpu,step_wall\njordan,9,2.5\npolar_express,9,0.5\nadamw,9,1\n")
+    assert make(grid, tmp_path / "out", "--step-times", str(times)) == 0
+    assert "measured by itself" in capsys.readouterr().err
+    found = timed(read_runs([grid]), times).runs
+    assert {run.method: run.curve[100][1] for run in found} == {"jordan": 250.0, "polar_express": 50.0, "adamw": 100.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("method,step_wall\njordan,1\n", "no time for adamw; its methods are jordan"),
+        ("method,step_wall\nadamw,fast\n", "holds no times of steps"),
+        ("method,step_wall\nadamw,nan\n", "not positive"),
+        ("method,seconds\nadamw,1\n", "holds no times of steps"),
+        (None, "holds no times of steps"),
+    ],
+)
+def test_times_that_are_none_are_refused(grid, tmp_path, capsys, text, reason):
+    if text is not None:
+        (tmp_path / "times.csv").write_text(text)
+    assert make(grid, tmp_path / "out", "--step-times", str(tmp_path / "times.csv")) == 2
+    told = capsys.readouterr().err
+    assert reason in told and told.count("\n") == 1 and told.startswith("error: ")
 
 
 def test_what_adamw_does_not_read_makes_no_two_methods_of_it(tmp_path):
