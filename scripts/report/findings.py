@@ -143,7 +143,7 @@ def _cautions(rows: Sequence[Point], methods: Sequence[Method], runs: Sequence[R
         yield f"run at one learning rate only, which need not be its best: {', '.join(single)}"
     for m in methods:
         for p in rows:
-            if p.method == m.name and p.mean is not None and p.mean < m.best.mean:
+            if p.method == m.name and p.mean is not None and _is_lower(p, m.best):
                 yield (
                     f"{m.name} has a lower mean at {p.lr:g} than at {m.best.lr:g}, but of one seed, so that it is"
                     " passed over: give it more seeds"
@@ -160,6 +160,14 @@ def _cautions(rows: Sequence[Point], methods: Sequence[Method], runs: Sequence[R
         yield "runs are from several kinds of machines or versions, so seconds do not compare; see the table"
     if len({_hardware(run)[-1] for run in runs}) > 1:
         yield "runs are of several commits, or of changes that were not committed; see the table"
+
+
+def _is_lower(point: Point, best: Point) -> bool:
+    """Whether its mean is lower than the best's, over the seeds that both have or else over each one's own."""
+    shared = point.losses.keys() & best.losses.keys()
+    if not shared:
+        return point.mean < best.mean
+    return statistics.fmean(point.losses[seed] for seed in shared) < statistics.fmean(best.losses[s] for s in shared)
 
 
 def _coarse(verdict: Sequence[Comparison], between: Sequence[Comparison]) -> Iterator[str]:

@@ -13,6 +13,8 @@ import numpy as np
 
 from scripts.report.runs import Run
 
+CLIFF = 0.1  # nats per token between neighbouring learning rates, above which no parabola goes through them
+
 
 @dataclass(frozen=True)
 class Point:
@@ -89,7 +91,8 @@ def interpolated(rows: Sequence[Point], best: Point) -> Point | None:
 
     rows: the points of the method. The losses of each seed are those of its own parabola there, so that methods whose
     optima lie differently between the points of a coarse grid can be compared. Of the seeds that all three points
-    share; None where there are none, or one of the three diverged or is missing.
+    share; None where there are none, where one of the three diverged or is missing, and where a neighbour lies more than
+    CLIFF above: beside a cliff a parabola is lowest far below anything that was seen.
     """
     own = sorted(rows, key=lambda p: p.lr)
     middle = own.index(best)
@@ -98,7 +101,10 @@ def interpolated(rows: Sequence[Point], best: Point) -> Point | None:
     if len(around) < 3 or not seeds or any(p.mean is None for p in around):
         return None
     x = np.log([p.lr / best.lr for p in around])
-    curvature, slope, _ = np.polyfit(x, [statistics.fmean(p.losses[seed] for seed in seeds) for p in around], 2)
+    means = [statistics.fmean(p.losses[seed] for seed in seeds) for p in around]
+    if max(means) - means[1] > CLIFF:
+        return None
+    curvature, slope, _ = np.polyfit(x, means, 2)
     at = float(np.clip(-slope / (2 * curvature), x[0], x[2])) if curvature > 0 else 0.0
     lr = best.lr * math.exp(at)
     runs = []

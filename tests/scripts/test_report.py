@@ -396,6 +396,8 @@ def test_interpolation_needs_three_points_that_share_a_seed():
     assert interpolated([*rows[:2], point("a", 0.04, 3.2, None)], rows[1]) is None
     apart = [*rows[:2], Point("a", 0.04, tuple(replace(run, seed=run.seed + 5) for run in rows[2].runs))]
     assert interpolated(apart, apart[1]) is None
+    cliff = [*rows[:2], point("a", 0.04, 3.11, 3.21)]
+    assert interpolated(cliff, cliff[1]) is None
     several = [rows[0], point("a", 0.02, 3.0, 3.1, 9.0), rows[2]]
     assert interpolated(several, several[1]).losses == pytest.approx({0: 3.0, 1: 3.1}, abs=1e-6)
 
@@ -422,6 +424,14 @@ def test_a_better_point_of_one_seed_is_passed_over_and_told():
     found = find(Reading(runs, []), None, 0.01, None)
     assert found.methods[0].best.lr == 0.01
     assert any(note.startswith("a has a lower mean at 0.02 than at 0.01, but of one seed") for note in found.notes)
+
+
+def test_a_point_of_one_seed_that_is_worse_in_that_seed_is_no_better_point():
+    """Below the mean of the others, as its seed is below them everywhere."""
+    runs = [run for p in (point("a", 0.01, 3.0, 3.2), point("a", 0.02, 3.05)) for run in p.runs]
+    runs = [replace(run, settings={"train.steps": 3}) for run in runs]
+    found = find(Reading(runs, []), None, 0.01, None)
+    assert found.methods[0].best.mean == pytest.approx(3.1) and not any("lower mean" in note for note in found.notes)
 
 
 def test_no_time_is_told_between_evaluations_that_lie_far_apart(tmp_path):
