@@ -91,8 +91,8 @@ def interpolated(rows: Sequence[Point], best: Point) -> Point | None:
 
     rows: the points of the method. The losses of each seed are those of its own parabola there, so that methods whose
     optima lie differently between the points of a coarse grid can be compared. Of the seeds that all three points
-    share; None where there are none, where one of the three diverged or is missing, and where a neighbour lies more than
-    CLIFF above: beside a cliff a parabola is lowest far below anything that was seen.
+    share; None where there are none, where one of the three diverged or is missing, and where a neighbour lies more
+    than CLIFF above: beside a cliff a parabola is lowest far below anything that was seen.
     """
     own = sorted(rows, key=lambda p: p.lr)
     middle = own.index(best)
