@@ -162,19 +162,10 @@ def name_methods(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _as_told(names: Sequence[str], told: Sequence[str | None]) -> list[str]:
-    """The sweep's own names of its methods, which are shorter, where they tell the same runs apart as the full ones."""
-    short, full = defaultdict(set), defaultdict(set)
-    for name, other in zip(names, told, strict=True):
-        short[name].add(other)
-        full[other].add(name)
-
-    def shown(name: str) -> str:
-        other = next(iter(short[name]))
-        alone = other and short[name] == {other} and full[other] == {name}
-        return other if alone and (other == name or other not in short) else name
-
-    return [shown(name) for name in names]
+def _as_told(names: list[str], told: list[str | None]) -> list[str]:
+    """The sweep's own names of its methods, which are shorter, where they tell all apart as the full ones do."""
+    pairs = set(zip(names, told, strict=True))
+    return told if None not in told and len(pairs) == len(set(names)) == len(set(told)) else names
 
 
 def text(value: Any) -> str:

@@ -126,21 +126,20 @@ def test_only_seeds_are_averaged_and_names_tell_what_differs(tmp_path):
     assert found == {"jordan steps=1000": (3.0, 1), "jordan steps=7": (4.5, 2), "svd": (3.0, 1)}
 
 
-def test_a_sweep_has_named_its_methods(tmp_path):
-    """Its names are taken where they tell the same methods apart; one for two methods, or of another, is none."""
-    cases = [  # settings, the sweep's name, the name shown
-        ("train: {steps: 7}", "short", "short"),
-        ("train: {steps: 8}", "both", "jordan epochs=1 steps=8"),
-        ("train: {steps: 9}", "both", "jordan epochs=1 steps=9"),
-        ("data: {epochs: 3}", None, "jordan epochs=3 steps=1000"),
-        ("data: {epochs: 4}", "jordan epochs=3 steps=1000", "jordan epochs=4 steps=1000"),
-    ]
-    for i, (more, name, _) in enumerate(cases):
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        (("short", "short", "long"), ["short", "short", "long"]),
+        (("short", "short", None), ["jordan steps=7", "jordan steps=7", "jordan steps=8"]),
+        (("same", "same", "same"), ["jordan steps=7", "jordan steps=7", "jordan steps=8"]),
+        (("short", "other", "long"), ["jordan steps=7", "jordan steps=7", "jordan steps=8"]),
+    ],
+)
+def test_methods_have_the_names_of_the_sweep_where_these_tell_the_same_apart(tmp_path, told, shown):
+    for seed, (name, steps) in enumerate(zip(told, (7, 7, 8), strict=True)):
         wandb = f"wandb: {{job_type: {name}}}\n" if name else ""
-        fake_run(tmp_path, f"run{i}", "jordan", 0.01, 0, 3.0 + i, more=f"{more}\n{wandb}")
-    fake_run(tmp_path, "seed", "jordan", 0.01, 1, 3.0, more="train: {steps: 7}\nwandb: {job_type: short}\n")
-    found = {p.losses[0]: p.method for p in points(read_runs([tmp_path]).runs)}
-    assert found == {3.0 + i: shown for i, (*_, shown) in enumerate(cases)}
+        fake_run(tmp_path, f"run{seed}", "jordan", 0.01, seed, 3.0, more=f"train: {{steps: {steps}}}\n{wandb}")
+    assert [run.method for run in read_runs([tmp_path]).runs] == shown
 
 
 def test_times_measured_elsewhere_replace_those_of_the_runs(grid, tmp_path, capsys):
