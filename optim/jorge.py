@@ -17,8 +17,8 @@ from .matrix_optimizer import MatrixOptimizer, Spec, require, require_decay
 from .shampoo import graft
 
 
-def jorge_update(root: Tensor, grads: Tensor) -> Tensor:
-    """The estimate of L^(-1/4), (k, m, m), after the gradients (k, m, n), in the dtype of `grads`.
+def jorge_update(root: Tensor, grads: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The estimate of L^(-1/4), (k, m, m), after the gradients (k, m, n), in the dtype of `grads`; and where it failed.
 
     L <- beta2 L + (1 - beta2) G G^T multiplies L^(-1/4) by (beta2 I + (1 - beta2) X)^(-1/4), X = L^(-1) G G^T, of which
     the binomial series is taken to second order. The smallest beta2 for which it surely converges is taken anew in
@@ -28,18 +28,29 @@ def jorge_update(root: Tensor, grads: Tensor) -> Tensor:
     entries of G are independent and 10 % where they are strongly correlated, is mostly asymmetry, which has to stay:
     symmetrized, the estimate becomes indefinite.
 
+    ridge: added to G G^T, as a part of its mean eigenvalue. Without it, as published, the root grows in every update
+    along directions in which there is never a gradient: dead units, or the mean over the residual stream, of which the
+    LayerNorm behind it takes all gradient away. A fourth power of the root then makes the little that rounding leaves
+    there the largest part of X, beta2 comes close to 1, and all else is hardly followed any more; in the end, after one
+    or two thousand updates in float32, the root overflows.
+
     Products are in the dtype of `root`, to which the result is yet to be rounded. Where there is no gradient to go by,
-    or the result would not be finite, the estimate stays.
+    the estimate stays. It also stays where the result is not finite: there (k,) the update failed.
     """
     g = grads.to(root.dtype)
     square = full_product(root, root)
-    x = full_product(square, full_product(square, full_product(g, g.mT)))
+    covariance = full_product(g, g.mT)
+    if ridge:
+        diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+        diagonal += ridge * diagonal.mean(dim=-1, keepdim=True)
+    x = full_product(square, full_product(square, covariance))
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=grads.dtype)
     a = (x / norm).to(root.dtype)
     change = full_product(root, full_product(a, a, a, alpha=5 / 32, beta=-1 / 4))
     root = root.to(grads.dtype)
     new = (root + change) * ((1 + norm) / norm) ** 0.25
-    return new.where(new.isfinite().all(dim=(-2, -1), keepdim=True), root)
+    finite = new.isfinite().all(dim=(-2, -1), keepdim=True)
+    return new.where(finite, root), (~finite & (norm != 0)).flatten()
 
 
 def jorge_start(root: Tensor, grads: Tensor, eps: float | None) -> Tensor:
@@ -90,10 +101,11 @@ class Jorge(MatrixOptimizer):
         momentum: of both, M <- momentum M + G as in torch.optim.SGD for the length, a moving average for the direction.
         precondition_frequency: steps from one update of the roots to the next.
         eps: L and R start as eps I, 1e-6 as published; None fits it to the first gradient (see jorge_start).
+        ridge: part of its mean eigenvalue that is added to G G^T, 0 as published (see jorge_update).
         state_dtype: of the state and of all products that make the direction.
 
     A gradient that holds a NaN or an infinity, or whose square sum is one, gives no direction, leaves the state as it
-    is and is counted there, as one of the `failures` of the matrix.
+    is and is counted there, as one of the `failures` of the matrix; so is an update of a root that failed.
 
     State of an m x n matrix in elements: m^2 + n^2 + 2 m n, and the count.
     """
@@ -106,6 +118,7 @@ class Jorge(MatrixOptimizer):
         momentum: float = 0.9,
         precondition_frequency: int = 1,
         eps: float | None = None,
+        ridge: float = 1e-2,
         weight_decay: float = 0.0,
         shape_scale: str = "none",
         blocks: int = 1,
@@ -118,6 +131,7 @@ class Jorge(MatrixOptimizer):
             "momentum": momentum,
             "precondition_frequency": precondition_frequency,
             "eps": eps,
+            "ridge": ridge,
             "weight_decay": weight_decay,
             "shape_scale": shape_scale,
             "blocks": blocks,
@@ -133,6 +147,8 @@ class Jorge(MatrixOptimizer):
         require(whole, "precondition_frequency", frequency, "a whole number of at least 1")
         positive = eps is None or (isinstance(eps, Real) and 0 < eps < math.inf)
         require(positive, "eps", eps, "a number above 0, or None to fit it to the first gradient")
+        ridge = group["ridge"]
+        require(isinstance(ridge, Real) and 0 <= ridge < math.inf, "ridge", ridge, "a number of at least 0")
 
     def state_spec(self, m: int, n: int, group: Mapping[str, Any]) -> dict[str, Spec]:
         return {
@@ -151,7 +167,9 @@ class Jorge(MatrixOptimizer):
         for root, g in ((left, grads), (right, grads.mT)):
             root.copy_(jorge_start(root, g, group["eps"]))
             if group["step"] % group["precondition_frequency"] == 0:
-                root.copy_(jorge_update(root, g))
+                new, failed = jorge_update(root, g, group["ridge"])
+                root.copy_(new)
+                state["failures"] += failed
         preconditioned = full_product(full_product(left, grads.to(left.dtype)), right).to(grads.dtype)
         momentum = average(state["momentum"], preconditioned, (1 - group["momentum"]) * sound.to(grads.dtype))
         sgd = state["sgd_momentum"].to(grads.dtype)

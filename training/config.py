@@ -226,6 +226,9 @@ class JorgeConfig:
     """Steps between updates of the roots."""
     eps: float | None = None
     """Start of the covariances, 1e-6 as published; null fits it to the first gradient."""
+    ridge: float = 1e-2
+    """Added to each covariance, as a part of its mean eigenvalue, so that directions without gradient, which GPT-2 has,
+    do not stop the roots from following; 0 as published."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the state and of all products."""
 

@@ -183,6 +183,7 @@ def build_jorge(groups: Groups, config: OptimConfig, compile: bool) -> Jorge:
             momentum=matrix.momentum,
             precondition_frequency=jorge.precondition_frequency,
             eps=jorge.eps,
+            ridge=jorge.ridge,
             shape_scale=matrix.shape_scale,
             state_dtype=DTYPES[jorge.dtype],
         )

@@ -36,7 +36,7 @@ def followed(gs, eps, dtype=torch.float64):
     for g in gs:
         x = root[0].double().matrix_power(4) @ g @ g.T
         beta2 = x.norm() / (1 + x.norm())
-        root = jorge_update(root, g[None].to(torch.promote_types(dtype, torch.float32))).to(dtype)
+        root = jorge_update(root, g[None].to(torch.promote_types(dtype, torch.float32)))[0].to(dtype)
         average = beta2 * average + (1 - beta2) * g @ g.T
         yield root[0].double(), average
 
@@ -93,7 +93,7 @@ def by_definition(root, g):
 def test_equals_the_definition_step_by_step(eps, every):
     gs = correlated(10, 5, 7)
     p = nn.Parameter(torch.zeros(5, 7, **DOUBLE))
-    optimizer = Jorge([p], lr=1.0, momentum=0.8, eps=eps, precondition_frequency=every)
+    optimizer = Jorge([p], lr=1.0, momentum=0.8, eps=eps, ridge=0, precondition_frequency=every)
     left, right = eps**-0.25 * torch.eye(5, **DOUBLE), eps**-0.25 * torch.eye(7, **DOUBLE)
     momentum = sgd = torch.zeros(5, 7, **DOUBLE)
     for step, g in enumerate(gs):
@@ -129,7 +129,7 @@ def test_stays_positive_definite():
     g, root = correlated(2000, 12, 12), torch.zeros(1, 12, 12, **DOUBLE)
     root = jorge_start(root, g[:1], None)
     for step in range(2000):
-        root = jorge_update(root, g[step : step + 1])
+        root, _ = jorge_update(root, g[step : step + 1])
         if step % 20 == 0:
             assert definiteness(root[0]) > 0
 
@@ -140,10 +140,72 @@ def test_symmetrized_it_becomes_indefinite():
     root = jorge_start(root, g[:1], None)
     worst = math.inf
     for step in range(400):
-        root = jorge_update(root, g[step : step + 1])
+        root, _ = jorge_update(root, g[step : step + 1])
         root = (root + root.mT) / 2
         worst = min(worst, definiteness(root[0]))
     assert worst < 0
+
+
+# ---- directions without gradient ------------------------------------------------------------------------------------
+
+
+def beta2_gap(root, g):
+    """1 - beta2 of the next update: how much of the covariance it renews."""
+    return (1 / (1 + (root.double().matrix_power(4) @ g @ g.T).norm())).item()
+
+
+def centred(gs):
+    """As LayerNorm leaves the gradients of what is added to the residual stream before it."""
+    return gs - gs.mean(dim=1, keepdim=True)
+
+
+def roots(gs, ridge, dtype=torch.float64):
+    """After all gradients."""
+    root = jorge_start(torch.zeros(1, gs.size(1), gs.size(1), dtype=dtype), gs[:1].to(dtype), None)
+    for g in gs:
+        root = jorge_update(root, g[None].to(torch.promote_types(dtype, torch.float32)), ridge)[0].to(dtype)
+    return root[0].double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_direction_without_gradient_stops_the_published_root_from_following(dtype):
+    """And not one with a ridge: 600 gradients of one covariance, then 300 of another."""
+    scales = torch.linspace(0.2, 3, 16, **DOUBLE)[:, None]
+    gs = torch.cat([centred(gaussian(600, 16, 32)), centred(scales * gaussian(300, 16, 32, seed=1))])
+    many = centred(scales * gaussian(4000, 16, 32, seed=2))
+    covariance = (many @ many.mT).mean(dim=0)
+    exact = inverse_fourth_root(covariance + 1e-2 * covariance.trace() / 16 * torch.eye(16, **DOUBLE))
+    true = centred(exact @ gs[-1])
+    errors, gaps = [], []
+    for ridge in (0.0, 1e-2):
+        root = roots(gs, ridge, dtype)
+        gaps.append(beta2_gap(root, gs[-1]))
+        seen = centred(root @ gs[-1])
+        errors.append(distance(seen / seen.norm(), true / true.norm()).item())
+    assert gaps[0] < 1e-3 and gaps[1] > 1e-2
+    assert errors[0] > 0.4 and errors[1] < 0.25
+
+
+def test_a_dead_row_makes_the_published_root_overflow_which_is_counted():
+    gs = gaussian(1100, 8, 16).float()
+    gs[:, 0] = 0
+    params = parameters([(8, 16)] * 2)
+    optimizers = [Jorge([p], ridge=ridge) for p, ridge in zip(params, (0.0, 1e-2), strict=True)]
+    for g in gs:
+        for p, optimizer in zip(params, optimizers, strict=True):
+            p.grad = g.clone()
+            optimizer.step()
+    published, ours = (optimizer.state[p] for p, optimizer in zip(params, optimizers, strict=True))
+    assert published["failures"] > 0 and published["left_root"][0, 0] > 1e18
+    assert ours["failures"] == 0 and ours["left_root"].diagonal().amax() < 5 * ours["left_root"].diagonal().median()
+
+
+def test_ridge_is_a_part_of_the_mean_eigenvalue():
+    """The update is that of a gradient with further columns, a multiple of the identity."""
+    g = gaussian(1, 6, 9)
+    root = jorge_start(torch.zeros(1, 6, 6, **DOUBLE), g, None)
+    wide = torch.cat([g, (0.3 * g.square().sum() / 6).sqrt() * torch.eye(6, **DOUBLE)[None]], dim=2)
+    torch.testing.assert_close(jorge_update(root, g, ridge=0.3)[0], jorge_update(root, wide)[0])
 
 
 # ---- the start ------------------------------------------------------------------------------------------------------
@@ -289,6 +351,7 @@ def test_never_waits_for_the_device():
     [
         ({"momentum": 1.0}, "momentum must be at least 0 and below 1, not 1.0"),
         ({"precondition_frequency": 0.5}, "precondition_frequency must be a whole number of at least 1, not 0.5"),
+        ({"ridge": -0.1}, "ridge must be a number of at least 0, not -0.1"),
         ({"eps": 0.0}, "eps must be a number above 0, or None to fit it to the first gradient, not 0.0"),
     ],
 )
