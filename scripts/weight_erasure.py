@@ -44,12 +44,26 @@ STEPS = 100  # at most
 MOMENTUM = 0.9
 WIDTHS = (64, 128, 256, 512)
 
+
+def normalized(gradients: Tensor) -> Tensor:
+    """Of (k, m, n), each over its spectral norm: a step as long as a dualized one, and of the gradient's rank."""
+    norm = torch.linalg.matrix_norm(gradients, 2, keepdim=True)
+    return torch.where(norm > 0, gradients / norm, 0)
+
+
+def dual(model: nn.Module, lr: float, orthogonalizer: str | Callable[[Tensor], Tensor]) -> ModularDual:
+    tree = modular_tree(model)
+    return ModularDual(model.named_parameters(), tree, lr, momentum=MOMENTUM, orthogonalizer=orthogonalizer)
+
+
 Build = Callable[[nn.Module, float], torch.optim.Optimizer]
 METHODS: dict[str, tuple[Build, tuple[float, ...]]] = {
     "modular dual": (
-        lambda model, lr: ModularDual(
-            model.named_parameters(), modular_tree(model), lr, momentum=MOMENTUM, orthogonalizer="polar_express"
-        ),
+        lambda model, lr: dual(model, lr, "polar_express"),
+        (0.125, 0.25, 0.5, 1.0),
+    ),
+    "normalized sgd": (
+        lambda model, lr: dual(model, lr, normalized),
         (0.125, 0.25, 0.5, 1.0),
     ),
     "muon": (

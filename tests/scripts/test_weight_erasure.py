@@ -56,7 +56,9 @@ def test_the_watermark_is_the_picture_and_all_else_has_norm_1(data):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("method", "lr"), [("modular dual", 0.25), ("muon", 0.05), ("sgd", 0.5), ("adam", 0.008)])
+@pytest.mark.parametrize(
+    ("method", "lr"), [("modular dual", 0.25), ("normalized sgd", 0.25), ("muon", 0.05), ("sgd", 0.5), ("adam", 0.008)]
+)
 def test_every_method_is_measured_where_it_first_reaches_the_loss(method, lr, data):
     found = weight_erasure.trial(method, 16, lr, data)
     assert found.steps and len(found.layers) == 3 and found.erased > 0
@@ -72,6 +74,19 @@ def test_every_method_is_measured_where_it_first_reaches_the_loss(method, lr, da
             optimizer.step()
     assert losses[-1] <= LOSS < min(losses[:-1])
     torch.testing.assert_close(model[2].weight.detach(), found.weight)
+
+
+def test_a_step_of_normalized_sgd_is_the_gradient_over_its_largest_singular_value(data):
+    """A third of the length for each of three matrices, in the norm of a matrix between vectors of RMS 1."""
+    model, _ = weight_erasure.watermarked(16, data)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = METHODS["normalized sgd"][0](model, 0.6)
+    (model(data.images) - data.targets).square().mean().backward()
+    optimizer.step()
+    for p, start in zip(model.parameters(), before, strict=True):
+        largest = torch.linalg.svdvals(p.grad.double())[0]
+        expected = 0.2 * (p.size(0) / p.size(1)) ** 0.5 * p.grad / largest
+        torch.testing.assert_close(start - p.detach(), expected.float(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_method_that_does_not_arrive_has_no_measures(data, monkeypatch):
