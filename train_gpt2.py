@@ -44,7 +44,7 @@ from training.evaluation import Evaluation, evaluate
 from training.finished_run import load_run, model_config, sample_text, save_weights
 from training.gradients import save_gradients
 from training.guard import DivergedError, SpikeGuard
-from training.inspection import inspect_step
+from training.inspection import Failures, inspect_step
 from training.metrics import Metrics, duration, status_line, warn
 from training.optimizers import build_optimizers, conventions, routing_table, set_learning_rate
 from training.resume import FinishedError
@@ -190,7 +190,7 @@ class Run:
         self.config, self.rt, self.stop = config, rt, stop
         self.text = open_text(config, rt)
         self.model, self.parallel = build_model(config, self.text.vocab_size, rt)
-        self.optimizers = build_optimizers(self.model, config.optim, compile=rt.compile)
+        self.optimizers = build_optimizers(self.model, config.optim, seed=config.seed, compile=rt.compile)
         self.progress = Progress()
         self.spikes = SpikeGuard(config.guard)
         self.started = time.perf_counter()
@@ -200,6 +200,7 @@ class Run:
         position = rt.together(lambda: self.restore(found)) if found else 0
         rt.on_main(lambda: resume.take_up(beginning, rt))
         self.first_step = self.progress.step
+        self.failures = Failures(self.optimizers, rt)
         self.recent: deque[float] = deque(maxlen=50)  # seconds of the latest steps
         self.checkpoints = Checkpoints(self.dir, config.checkpoint, rt, found.path if beginning.own else None)
         path = self.dir / "metrics.jsonl" if rt.is_main else None
@@ -242,6 +243,7 @@ class Run:
             self.metrics.advance()
             self.save_if_due(new_best)
             begin = time.perf_counter()
+        self.failures.tell()
 
     def take_step(self, inputs: Tensor, targets: Tensor, begin: float) -> dict[str, float]:
         """One update, or none where the guard skips it, recorded; returns what was recorded."""
@@ -263,7 +265,7 @@ class Run:
         if self.evaluation_due():
             self.rt.synchronize()  # or the evaluation would be billed for the update
         if found:
-            self.record("inspect", **found)
+            self.record("inspect", **found, **self.failures.tell())
             self.tick(gradient_seconds + sum(found["milliseconds"].values()) / 1000)
         else:
             self.tick(time.perf_counter() - begin)
@@ -415,6 +417,7 @@ class Run:
             "train_seconds": progress.seconds,
             "total_seconds": self.total_seconds(),
             "skipped_steps": progress.skipped,
+            "failures": self.failures.count,
             **self.speed(),
             "memory_gb": self.rt.peak_memory(),
             "parameters": self.model.count_parameters(),

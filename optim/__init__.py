@@ -4,6 +4,7 @@ from .jorge import Jorge, jorge_from_sgd
 from .kl_shampoo import KLSOAP, KLShampoo
 from .kronecker import KroneckerOptimizer
 from .matrix_optimizer import SHAPE_SCALES, MatrixOptimizer, Spec, shape_scale
+from .modular import ModularDual, modular_tree
 from .muon import Muon, muon_direction
 from .orthogonalizers import ORTHOGONALIZERS, Orthogonalizer, PolynomialOrthogonalizer, orthogonalizer
 from .polynomials import minimax, polar_express
@@ -23,6 +24,7 @@ __all__ = [
     "KLShampoo",
     "KroneckerOptimizer",
     "MatrixOptimizer",
+    "ModularDual",
     "Muon",
     "Orthogonalizer",
     "PolynomialOrthogonalizer",
@@ -36,6 +38,7 @@ __all__ = [
     "check_coverage",
     "jorge_from_sgd",
     "minimax",
+    "modular_tree",
     "muon_direction",
     "orthogonalizer",
     "param_groups",

@@ -1,9 +1,9 @@
 """One Kronecker factor of k gradient covariances: its statistic, its eigenbasis, and the refresh of that basis.
 
 S (n, n) is a moving average of rows rows^T. The columns of Q are an orthonormal estimate of its eigenvectors, and
-P = Q^T S Q is S as seen from there: nearly diagonal. Either of the two is stored. P is made for few bits: rounding it
-to bfloat16 changes each eigenvalue by its own thousandth, while rounding S changes all of them by a thousandth of the
-largest (arXiv 2605.26327).
+P = Q^T S Q is S as seen from there. Either of the two is stored. P is made for few bits: where it is nearly diagonal,
+rounding it to bfloat16 changes each eigenvalue by its own thousandth, while rounding S changes all of them by a
+thousandth of the largest (arXiv 2605.26327).
 
 A refresh turns some of the basis vectors among themselves, Q[:, I] <- Q[:, I] O, and leaves the others: with I all of
 them and O from qr(P) it is the orthogonal iteration of SOAP, with fewer the subspace update of arXiv 2605.26327, with
@@ -50,32 +50,47 @@ def average(buffer: Tensor, value: Tensor, weight: Tensor) -> Tensor:
     return current
 
 
+def keep_finite(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrices of `new` (k, n, n), those of `old` in the place of any that is not finite; and which are not, (k,).
+
+    `old` broadcasts.
+    """
+    failed = ~new.isfinite().flatten(1).all(dim=-1)
+    return torch.where(failed.view(-1, 1, 1), old.to(new.dtype), new), failed
+
+
 # ---- which basis vectors ------------------------------------------------------------------------------------------
 
 
-def partition(p: Tensor, size: int, seed: int, turn: int) -> Tensor:
-    """Block number `turn` of random partitions of range(n) into blocks of `size`: (size,) for p (k, n, n).
+def partition(factor: Eigenbasis, size: int, seed: int, turn: int) -> Tensor:
+    """Block number `turn` of random partitions of range(n) into blocks of `size`: (size,).
 
     Each ceil(n / size) consecutive turns cover everything and share one partition, a function of seed and turn alone;
     then comes another. Fixed blocks would never rotate between blocks, so that the basis could not converge.
     """
-    n = p.size(-1)
+    n = factor.basis.size(-1)
     cycle, block = divmod(turn, math.ceil(n / size))
     order = np.random.default_rng((seed, cycle)).permutation(n)
     start = min(block * size, n - size)  # the last block is filled up from the one before
-    return torch.from_numpy(order[start : start + size]).to(p.device)
+    return torch.from_numpy(order[start : start + size]).to(factor.basis.device)
 
 
-def greedy(p: Tensor, size: int, seed: int, turn: int) -> Tensor:
-    """The rows of p (k, n, n) with most off-diagonal mass, sum_j p_ij^2 / (p_ii p_jj): (k, size)."""
-    p = _at_least_float32(p)
-    diagonal = p.diagonal(dim1=-2, dim2=-1).clamp(min=torch.finfo(p.dtype).tiny).rsqrt()
-    correlation = p * diagonal.unsqueeze(-1) * diagonal.unsqueeze(-2)
+def greedy(factor: Eigenbasis, size: int, seed: int, turn: int) -> Tensor:
+    """The rows of P with most off-diagonal mass, sum_j p_ij^2 / (p_ii p_jj): (k, size).
+
+    A p_ii counts as no less than the largest of them times the precision of the storage: what is smaller is rounding
+    errors, whose correlations are as large as any and never go away.
+    """
+    p = _at_least_float32(factor.coordinates())
+    diagonal = p.diagonal(dim1=-2, dim2=-1)
+    least = torch.finfo(factor.statistic.dtype).eps * diagonal.amax(dim=-1, keepdim=True)
+    scale = diagonal.maximum(least.clamp(min=torch.finfo(p.dtype).tiny)).rsqrt()
+    correlation = p * scale.unsqueeze(-1) * scale.unsqueeze(-2)
     correlation.diagonal(dim1=-2, dim2=-1).zero_()
     return correlation.square().sum(dim=-1).topk(size).indices
 
 
-RULES: dict[str, Callable[[Tensor, int, int, int], Tensor]] = {"partition": partition, "greedy": greedy}
+RULES: dict[str, Callable[[Eigenbasis, int, int, int], Tensor]] = {"partition": partition, "greedy": greedy}
 
 
 # ---- how they turn ------------------------------------------------------------------------------------------------
@@ -89,17 +104,27 @@ def orthogonal_iteration(p: Tensor) -> Tensor:
 
 def eigenvectors(p: Tensor) -> Tensor:
     """The eigenvectors of symmetric p (k, r, r) by descending eigenvalue; NaN where LAPACK fails, in float64 too."""
-    try:  # of -p, for the order; one triangle is read, so p is symmetric whatever its rounding errors
-        return torch.linalg.eigh(-p).eigenvectors
-    except torch.linalg.LinAlgError:
-        return torch.stack([_eigenvectors_in_double(single) for single in p])
+    return eigh(-p)[1]  # of -p, for the order
 
 
-def _eigenvectors_in_double(p: Tensor) -> Tensor:
+def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (k, n), ascending, and eigenvectors (k, n, n) of symmetric a (k, n, n), one triangle read.
+
+    Where LAPACK does not converge, each matrix is tried alone in float64; one that fails again gives NaN.
+    """
     try:
-        return torch.linalg.eigh(-p.double()).eigenvectors.to(p.dtype)
+        return torch.linalg.eigh(a)
     except torch.linalg.LinAlgError:
-        return torch.full_like(p, math.nan)
+        values, vectors = zip(*map(_eigh_in_double, a), strict=True)
+        return torch.stack(values), torch.stack(vectors)
+
+
+def _eigh_in_double(a: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        values, vectors = torch.linalg.eigh(a.double())
+        return values.to(a.dtype), vectors.to(a.dtype)
+    except torch.linalg.LinAlgError:
+        return torch.full_like(a[0], math.nan), torch.full_like(a, math.nan)
 
 
 REFRESHES: dict[str, Callable[[Tensor], Tensor]] = {"qr": orthogonal_iteration, "eigh": eigenvectors}
@@ -142,20 +167,17 @@ class Rotation(NamedTuple):
         x[self._rows(x)] = (weights.mT @ rows).to(x.dtype)
 
 
-def rotation(p: Tensor, index: Tensor, method: str, where: Tensor) -> tuple[Rotation, Tensor]:
-    """The rotation of the basis vectors `index` of p = Q^T S Q (k, n, n) by one step towards eigenvectors.
+def rotation(block: Tensor, index: Tensor, method: str, where: Tensor) -> tuple[Rotation, Tensor]:
+    """The rotation of the basis vectors `index` (k, r), ascending, by one step towards eigenvectors.
 
-    index: (k, r) or (r,), in any order. method: one of REFRESHES. where: (k,), which matrices take part.
+    block: (k, r, r), P[index, index]. method: one of REFRESHES. where: (k,), which matrices take part.
 
     Also returns (k,), which of them did: a matrix with a NaN or an infinity stays as it is. Orthogonal iteration
     on a subspace needs its vectors by descending p_ii, or it stalls as soon as small ones come before large ones.
     """
-    diagonal = p.diagonal(dim1=-2, dim2=-1)
-    index = index.expand(len(p), -1).sort(dim=-1).values
-    ranking = diagonal.gather(-1, index).argsort(dim=-1, descending=True, stable=True)
-    ranked = index.gather(-1, ranking)
-    block = _at_least_float32(_submatrix(p, ranked))
-    matrix, sound = _where_finite(REFRESHES[method], block, where)
+    ranking = block.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+    ranked = _at_least_float32(_submatrix(block, ranking))
+    matrix, sound = _where_finite(REFRESHES[method], ranked, where)
     return Rotation(index, _submatrix(matrix, ranking.argsort(dim=-1))), sound
 
 
@@ -165,9 +187,9 @@ def _where_finite(step: Callable[[Tensor], Tensor], x: Tensor, where: Tensor) ->
     Also returns (k,), which those are.
     """
     identity = torch.eye(x.size(-1), dtype=x.dtype, device=x.device)
-    sound = where & x.isfinite().flatten(1).all(dim=-1)
-    y = step(x.where(sound.view(-1, 1, 1), identity))
-    sound = sound & y.isfinite().flatten(1).all(dim=-1)
+    usable, broken = keep_finite(x.where(where.view(-1, 1, 1), identity), identity)
+    y, failed = keep_finite(step(usable), identity)
+    sound = where & ~broken & ~failed
     return y.where(sound.view(-1, 1, 1), identity), sound
 
 
@@ -189,13 +211,19 @@ class Refresh:
     fraction: float = 1.0
     rule: str = "partition"  # one of RULES, where fraction < 1
     seed: int = 0
+    polish: int = 0  # how often vectors are turned from one polish of a basis that needs it to the next; 0 for never
 
-    def rotation(self, p: Tensor, turn: int, where: Tensor) -> tuple[Rotation, Tensor]:
-        """Refresh number `turn` of p (k, n, n); see `rotation`."""
-        n = p.size(-1)
+    def index(self, factor: Eigenbasis, turn: int) -> Tensor:
+        """The vectors (k, r), ascending, that refresh number `turn` is to turn."""
+        k, _, n = factor.basis.shape
         size = min(n, max(2, round(self.fraction * n)))
-        index = RULES[self.rule](p, size, self.seed, turn) if size < n else torch.arange(n, device=p.device)
-        return rotation(p, index, self.method, where)
+        if size == n:
+            return torch.arange(n, device=factor.basis.device).expand(k, -1)
+        return RULES[self.rule](factor, size, self.seed, turn).expand(k, -1).sort(dim=-1).values
+
+    def polishes(self, turn: int) -> bool:
+        """Whether to polish after refresh number `turn`: a part turns vectors, and rounds them, as much less often."""
+        return self.polish > 0 and (turn + 1) % round(self.polish / self.fraction) == 0
 
 
 # ---- the factor ---------------------------------------------------------------------------------------------------
@@ -212,27 +240,41 @@ class Eigenbasis:
     def accumulate(self, rows: Tensor, weight: Tensor) -> None:
         """statistic <- (1 - weight) statistic + weight rows rows^T, with weight (k, 1, 1) and rows (k, n, any).
 
-        The rows are in the coordinates of the statistic: the original ones for S, those of the basis for P.
+        The rows are in the coordinates of the statistic: the original ones for S, those of the basis for P. They may be
+        anything where the weight is zero.
         """
-        average(self.statistic, rows @ rows.mT, weight)
+        average(self.statistic, (rows @ rows.mT).where(weight > 0, 0), weight)
 
-    def coordinates(self) -> Tensor:
-        """P (k, n, n): as it is stored, or from S by two products, in float32 at least."""
+    def holds(self, rows: Tensor) -> Tensor:
+        """(k,), whether rows rows^T for rows (k, n, any) is sure to be finite, in the dtype of the statistic too."""
+        trace = torch.linalg.vector_norm(rows, dim=(-2, -1)).square()
+        return trace <= torch.finfo(self.statistic.dtype).max
+
+    def coordinates(self, index: Tensor | None = None) -> Tensor:
+        """P (k, n, n) or its rows and columns `index` (k, r): as it is stored, or from S and those vectors by two
+        products, in float32 at least."""
         if self.storage == "P":
-            return self.statistic
+            return self.statistic if index is None else _submatrix(self.statistic, index)
         statistic = _at_least_float32(self.statistic)
-        basis = self.basis.to(statistic.dtype)
-        return basis.mT @ (statistic @ basis)
+        vectors = (self.basis if index is None else _columns(self.basis, index)).to(statistic.dtype)
+        return vectors.mT @ (statistic @ vectors)
 
     def refresh(self, refresh: Refresh, turn: int, where: Tensor) -> tuple[Rotation, Tensor]:
-        """Turns the bases of the matrices `where` (k,); returns the rotation, and which bases turned, (k,)."""
+        """Turns the bases of the matrices `where` (k,); returns the rotation, and which bases turned, (k,).
+
+        Bases in less than float32 are polished when it is time; one that is made anew from S does not need it.
+        """
         if self.storage == "S" and refresh.method == "qr" and refresh.fraction == 1:
             return self._iterate(where)
-        rotation, sound = refresh.rotation(self.coordinates(), turn, where)
-        rotation.turn(self.basis.mT)
+        index = refresh.index(self, turn)
+        whole = index.size(-1) == self.basis.size(-1)
+        turned, sound = rotation(self.coordinates(None if whole else index), index, refresh.method, where)
+        turned.turn(self.basis.mT)
         if self.storage == "P":
-            rotation.conjugate(self.statistic)
-        return rotation, sound
+            turned.conjugate(self.statistic)
+        if refresh.polishes(turn) and torch.finfo(self.basis.dtype).bits < 32:  # float32 is off by 1e-5 after 3000
+            self.polish()
+        return turned, sound
 
     def _iterate(self, where: Tensor) -> tuple[Rotation, Tensor]:
         """The refresh of a whole basis by qr(S Q): what qr(P) would do, with a product less, and no drift of Q."""
@@ -240,7 +282,7 @@ class Eigenbasis:
         basis = self.basis.to(statistic.dtype)
         image = statistic @ basis
         ranking = (basis * image).sum(dim=-2).argsort(dim=-1, descending=True, stable=True)  # by the diagonal of P
-        turned, sound = _where_finite(orthogonal_iteration, _columns(image, ranking), where)
+        turned, sound = _where_finite(REFRESHES["qr"], _columns(image, ranking), where)
         turned, each = _columns(turned, ranking.argsort(dim=-1)), sound.view(-1, 1, 1)
         identity = torch.eye(basis.size(-1), dtype=basis.dtype, device=basis.device)
         index = torch.arange(basis.size(-1), device=basis.device).expand(len(basis), -1)

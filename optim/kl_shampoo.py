@@ -6,6 +6,10 @@ Of all S_l (x) S_r, the Gaussian nearest to the gradients in Kullback-Leibler di
 
 so each statistic whitens the gradient by the other's eigenvalues first. These must be fresh, as the bases need not be:
 they are estimated in every step, in the bases there are.
+
+In one thing this deviates from the published code, which takes QR of S Q with the columns as they are and lets
+eigenvalue and second moment keep their column. Here columns are taken by descending diag(P), and eigenvalue and second
+moment stay with that rank, as in SOAP.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .eigenbasis import average
-from .kronecker import Bases, KroneckerOptimizer, facing, project, statistics_beta
+from .kronecker import Bases, KroneckerOptimizer, Projected, facing, statistics_beta
 from .matrix_optimizer import Spec, require
 from .soap import SOAP
 
@@ -63,6 +67,7 @@ class KLStatistics(KroneckerOptimizer):
     """
 
     own_options = ("eigenvalues", "initial_eigenvalue", "max_inverse_root")
+    layout = (*KroneckerOptimizer.layout, "eigenvalues")
 
     def __init__(
         self,
@@ -109,31 +114,36 @@ class KLStatistics(KroneckerOptimizer):
                 decay = statistics_beta(group) ** (state["gradients"] - 1).to(dtype)
                 start = group["initial_eigenvalue"] * decay.unsqueeze(-1)
                 values = basis.statistic.diagonal(dim1=-2, dim2=-1).to(dtype) + start
-            roots[side] = values.rsqrt().clamp(max=_largest_root(values.size(-1), group))
+            roots[side] = values.clamp(min=_least_eigenvalue(values.size(-1), group)).rsqrt()
             roots[side].masked_fill_((state["refreshes"] == 0).unsqueeze(-1), 1)
         return roots
 
     def observe(
-        self, grads: Tensor, x: Tensor, bases: Bases, state: dict[str, Tensor], weight: Tensor, group: Mapping[str, Any]
+        self, seen: Projected, bases: Bases, state: dict[str, Tensor], group: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        roots = self.inverse_roots(bases, state, group, x.dtype)
-        rows = {side: whiten(x, roots, side) for side in bases}
-        for side in bases.keys() if group["eigenvalues"] == "average" else ():
-            stored = state[f"{side}_eigenvalues"]
-            values = average(stored, rows[side].square().sum(dim=-1), weight.squeeze(-1))
-            values = values.clamp(min=_largest_root(values.size(-1), group) ** -2)
-            new = (state["refreshes"] == 0).unsqueeze(-1)
-            stored.copy_(values.masked_fill(new, group["initial_eigenvalue"]))
+        roots = self.inverse_roots(bases, state, group, seen.whole.dtype)
+        rotated = group["storage"] == "P"
+        other = {"left": "right", "right": "left"}
+        return {side: whiten(seen.whole if rotated else seen.one(other[side], bases), roots, side) for side in bases}
+
+    def estimate(
+        self, x: Tensor, bases: Bases, state: dict[str, Tensor], weight: Tensor, group: Mapping[str, Any]
+    ) -> None:
         if group["eigenvalues"] == "diagonal":
             state["gradients"] += weight.flatten() > 0
-        if group["storage"] == "P":
-            return rows
-        others = {side: {other: basis for other, basis in bases.items() if other != side} for side in bases}
-        return {side: whiten(project(grads, others[side]), roots, side) for side in bases}
+            return
+        roots = self.inverse_roots(bases, state, group, x.dtype)
+        new, weight = (state["refreshes"] == 0).unsqueeze(-1), weight.squeeze(-1)
+        for side in bases:
+            stored = state[f"{side}_eigenvalues"]
+            squares = whiten(x, roots, side).square().sum(dim=-1).where(weight > 0, 0)
+            values = average(stored, squares, weight)
+            values = values.clamp(min=_least_eigenvalue(values.size(-1), group))
+            stored.copy_(values.masked_fill(new, group["initial_eigenvalue"]))
 
 
-def _largest_root(size: int, group: Mapping[str, Any]) -> float:
-    return max(10.0, min(float(size), group["max_inverse_root"]))
+def _least_eigenvalue(size: int, group: Mapping[str, Any]) -> float:
+    return max(10.0, min(float(size), group["max_inverse_root"])) ** -2
 
 
 class KLShampoo(KLStatistics):

@@ -8,9 +8,10 @@ how X is rescaled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,11 +32,33 @@ CHOICES = {
 }
 
 
-def project(x: Tensor, bases: Bases) -> Tensor:
-    """Q_l^T x Q_r for x (k, m, n); a side without basis counts as the identity."""
-    if "left" in bases:
-        x = bases["left"].basis.to(x.dtype).mT @ x
-    return x @ bases["right"].basis.to(x.dtype) if "right" in bases else x
+class Projected(NamedTuple):
+    """Gradients (k, m, n): as they came, with one side seen from its basis, and with both."""
+
+    gradients: Tensor
+    half: dict[str, Tensor]  # of the side that was projected first alone
+    whole: Tensor
+
+    def one(self, side: str, bases: Bases) -> Tensor:
+        """Q_l^T G for "left", G Q_r for "right"."""
+        return self.half[side] if side in self.half else _onto(self.gradients, side, bases)
+
+
+def project(grads: Tensor, bases: Bases) -> Projected:
+    """Q_l^T G Q_r for gradients G (k, m, n); a side without basis counts as the identity.
+
+    The longer side comes first: who needs either half beside the whole then has the dearer one.
+    """
+    first, then = ("left", "right") if grads.size(-2) >= grads.size(-1) else ("right", "left")
+    half = _onto(grads, first, bases)
+    return Projected(grads, {first: half}, _onto(half, then, bases))
+
+
+def _onto(x: Tensor, side: str, bases: Bases) -> Tensor:
+    if side not in bases:
+        return x
+    basis = bases[side].basis.to(x.dtype)
+    return basis.mT @ x if side == "left" else x @ basis
 
 
 def project_back(x: Tensor, bases: Bases) -> Tensor:
@@ -50,6 +73,11 @@ def facing(x: Tensor, side: str) -> Tensor:
     return x if side == "left" else x.mT
 
 
+def statistic_name(side: str, storage: str) -> str:
+    """Under which the state has the statistic of a side: S and P have one shape and are not to be mistaken."""
+    return f"{side}_statistic" if storage == "S" else f"{side}_rotated_statistic"
+
+
 def statistics_beta(group: Mapping[str, Any]) -> float:
     """The decay of the statistics of a group."""
     return group["betas"][1] if group["shampoo_beta"] is None else group["shampoo_beta"]
@@ -59,18 +87,21 @@ class KroneckerOptimizer(MatrixOptimizer):
     """Base class of the optimizers that work in the eigenbases of two Kronecker factors.
 
     Args:
-        params, weight_decay, shape_scale, blocks, state_dtype, process_group: see MatrixOptimizer.
+        params, weight_decay, shape_scale, blocks, tensors, state_dtype, process_group: see MatrixOptimizer.
         lr: factor on the direction.
         betas: decay of the momentum and of the second moment (in KL-Shampoo only of the statistics).
         shampoo_beta: decay of the statistics, None for betas[1].
         eps: added to the root that the rescaling divides by.
         max_dim: a side longer than this has no factor, and the identity for a basis.
         storage: "S" or "P", see Eigenbasis. With preconditioner_dtype=bfloat16, P keeps its small eigenvalues, S not.
-        preconditioner_dtype: of statistics and bases, None for state_dtype. Arithmetic is in float32 at least.
+        preconditioner_dtype: of statistics and bases, None for state_dtype. Arithmetic is in float32 at least. In
+            bfloat16 averages of a long memory stand still, see require_decay: fed a constant they end at 0.961 of it
+            with a decay of 0.95 and at 0.906 with 0.98; 0.99 and more are refused.
         precondition_frequency: how many steps from one refresh to the next, counted from the first step.
         refresh: "qr", one orthogonal iteration, or "eigh".
         subspace_fraction, subspace_rule: which part of a basis a refresh turns, and how it is chosen; see RULES.
-        polish_interval: after every so many refreshes the bases are made orthonormal again; 0 for never.
+        polish_interval: a basis that is stored below float32 and turned, not made anew from S, loses its orthonormality
+            by and by; after its vectors were turned so many times it is made orthonormal again. 0 for never.
         transport: what a refresh does to second moments. "permute": they stay with the rank of their eigenvalue;
             "squared": they move as if coordinates were uncorrelated, v <- (O * O)^T v.
         statistics: whether the gradient enters statistics and bases "after" the step it makes, or "before". With
@@ -84,11 +115,12 @@ class KroneckerOptimizer(MatrixOptimizer):
 
     The first refresh of a matrix that has had a gradient other than zero is a full eigendecomposition. A gradient
     whose squares do not sum to a finite number gives no direction and leaves all state of its matrix as it is, but
-    that it adds one to `failures`; so does a basis that could not be refreshed and stays the old one. Only refreshes
-    wait for the device.
+    that it adds one to `failures`; so does a gradient that the statistics cannot hold and leave out, and a basis that
+    could not be refreshed and stays the old one. Only refreshes wait for the device.
     """
 
     own_options: tuple[str, ...] = ()
+    layout = (*MatrixOptimizer.layout, "storage", "max_dim")
 
     def __init__(
         self,
@@ -101,6 +133,7 @@ class KroneckerOptimizer(MatrixOptimizer):
         weight_decay: float = 0.01,
         shape_scale: str = "none",
         blocks: int = 1,
+        tensors: str = "refuse",
         max_dim: int = 10000,
         storage: str = "S",
         preconditioner_dtype: torch.dtype | None = None,
@@ -130,6 +163,7 @@ class KroneckerOptimizer(MatrixOptimizer):
             "weight_decay": weight_decay,
             "shape_scale": shape_scale,
             "blocks": blocks,
+            "tensors": tensors,
             "max_dim": max_dim,
             "storage": storage,
             "precondition_frequency": precondition_frequency,
@@ -148,13 +182,15 @@ class KroneckerOptimizer(MatrixOptimizer):
     # ---- the part of a subclass --------------------------------------------------------------------------------
 
     def observe(
-        self, grads: Tensor, x: Tensor, bases: Bases, state: dict[str, Tensor], weight: Tensor, group: Mapping[str, Any]
+        self, seen: Projected, bases: Bases, state: dict[str, Tensor], group: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        """For each side the rows (k, size, any) whose products enter its statistic, see Eigenbasis.accumulate.
-
-        grads, x: gradients (k, m, n) and the same in the bases. weight: (k, 1, 1), of this gradient in any average.
-        """
+        """For each side the rows (k, size, any) whose products enter its statistic, see Eigenbasis.accumulate."""
         raise NotImplementedError
+
+    def estimate(
+        self, x: Tensor, bases: Bases, state: dict[str, Tensor], weight: Tensor, group: Mapping[str, Any]
+    ) -> None:
+        """Averages what else there is to know of gradients x (k, m, n) in the bases, each with its weight (k, 1, 1)."""
 
     def rescale(
         self, x: Tensor, bases: Bases, state: dict[str, Tensor], active: Tensor, group: Mapping[str, Any]
@@ -166,10 +202,11 @@ class KroneckerOptimizer(MatrixOptimizer):
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         super().check_group(group)
-        require_betas(group["betas"])
-        if group["shampoo_beta"] is not None:
-            require_decay("shampoo_beta", group["shampoo_beta"])
-        require(isinstance(group["eps"], Real) and group["eps"] >= 0, "eps", group["eps"], "a number of at least 0")
+        require_betas(group["betas"], self._state_dtype)
+        beta = "betas[1]" if group["shampoo_beta"] is None else "shampoo_beta"
+        require_decay(beta, statistics_beta(group), self._preconditioner_dtype or self._state_dtype)
+        eps = group["eps"]
+        require(isinstance(eps, Real) and 0 <= eps < math.inf, "eps", eps, "a number of at least 0")
         for name, least in (("max_dim", 0), ("precondition_frequency", 1), ("polish_interval", 0), ("seed", 0)):
             whole = isinstance(group[name], int) and group[name] >= least
             require(whole, name, group[name], f"a whole number of at least {least}")
@@ -183,13 +220,14 @@ class KroneckerOptimizer(MatrixOptimizer):
         spec = {"momentum": Spec((m, n)), "refreshes": count, "failures": count}
         for side, size in (("left", m), ("right", n)):
             if size <= group["max_dim"]:
-                spec[f"{side}_statistic"] = Spec((size, size), self._preconditioner_dtype)
+                spec[statistic_name(side, group["storage"])] = Spec((size, size), self._preconditioner_dtype)
                 spec[f"{side}_basis"] = Spec((size, size), self._preconditioner_dtype, identity=True)
         return spec
 
     def direction(self, grads: Tensor, state: dict[str, Tensor], group: Mapping[str, Any]) -> Tensor:
+        storage = group["storage"]
         bases = {
-            side: Eigenbasis(state[f"{side}_statistic"], state[f"{side}_basis"], group["storage"])
+            side: Eigenbasis(state[statistic_name(side, storage)], state[f"{side}_basis"], storage)
             for side in ("left", "right")
             if f"{side}_basis" in state
         }
@@ -198,27 +236,33 @@ class KroneckerOptimizer(MatrixOptimizer):
         grads = grads.where(sound.view(-1, 1, 1), 0)
         early = group["statistics"] == "before" or (group["step"] == 0 and group["first_step"] == "take")
         with full_precision():
-            x = project(grads, bases)
+            seen = project(grads, bases)
             if early:
-                self._learn(grads, x, bases, state, sound, group)
+                self._learn(seen, bases, state, sound, group)
             waits = bases and group["first_step"] == "skip"
             active = sound & (state["refreshes"] > 0) if waits else sound
-            y = self.rescale(x, bases, state, active, group)
-        y = project_back(y, bases) * active.view(-1, 1, 1)
+            y = self.rescale(seen.whole, bases, state, active, group)
+        y = project_back(y.where(active.view(-1, 1, 1), 0), bases)
         if not early:
             with full_precision():
-                self._learn(grads, x, bases, state, sound, group)
+                self._learn(seen, bases, state, sound, group)
         return y
 
     # ---- statistics and bases ----------------------------------------------------------------------------------
 
     def _learn(
-        self, grads: Tensor, x: Tensor, bases: Bases, state: dict[str, Tensor], sound: Tensor, group: Mapping[str, Any]
+        self, seen: Projected, bases: Bases, state: dict[str, Tensor], sound: Tensor, group: Mapping[str, Any]
     ) -> None:
-        """Averages the statistics and, when it is time, refreshes the bases; x turns with them."""
-        weight = ((1 - statistics_beta(group)) * sound.to(x.dtype)).view(-1, 1, 1)
-        for side, rows in self.observe(grads, x, bases, state, weight, group).items():
-            bases[side].accumulate(rows, weight)
+        """Averages the statistics and, when it is time, refreshes the bases; seen.whole turns with them."""
+        x, rows = seen.whole, self.observe(seen, bases, state, group)
+        usable = sound.clone()
+        for side, basis in bases.items():
+            usable &= basis.holds(rows[side])
+        state["failures"] += sound & ~usable
+        weight = ((1 - statistics_beta(group)) * usable.to(x.dtype)).view(-1, 1, 1)
+        self.estimate(x, bases, state, weight, group)
+        for side, basis in bases.items():
+            basis.accumulate(rows[side], weight)
         turn, rest = divmod(group["step"], group["precondition_frequency"])
         if rest or not bases:
             return
@@ -229,16 +273,14 @@ class KroneckerOptimizer(MatrixOptimizer):
                 state["failures"] += where & ~done
                 where = done
             state["refreshes"] += where
-        if group["polish_interval"] and (turn + 1) % group["polish_interval"] == 0:
-            for basis in bases.values():
-                basis.polish()
 
 
 def _plans(bases: Bases, state: dict[str, Tensor], group: Mapping[str, Any]) -> list[tuple[Refresh, Tensor]]:
     """The refreshes to make, each with the matrices (k,) it is for: the first one of a matrix is a full eigh."""
     traces = [basis.statistic.diagonal(dim1=-2, dim2=-1).sum(dim=-1) for basis in bases.values()]
     new = state["refreshes"] == 0
-    usual = Refresh(group["refresh"], group["subspace_fraction"], group["subspace_rule"], group["seed"])
+    subspace = group["subspace_fraction"], group["subspace_rule"]
+    usual = Refresh(group["refresh"], *subspace, group["seed"], group["polish_interval"])
     plans = [(Refresh("eigh"), new & (torch.stack(traces) > 0).all(dim=0)), (usual, ~new)]
     return [(refresh, where) for refresh, where in plans if where.any()]
 

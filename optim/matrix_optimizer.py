@@ -43,6 +43,8 @@ def shape_scale(kind: str, m: int, n: int) -> float:
 # (size(0), all the rest), which is how a convolution sees its kernel, and a vector itself: as a column.
 TENSORS = ("refuse", "stack", "flatten")
 
+STATE_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
 
 def require(holds: bool, option: str, value: Any, expected: str) -> None:
     """Raises ValueError naming an option whose value is not as expected."""
@@ -50,15 +52,25 @@ def require(holds: bool, option: str, value: Any, expected: str) -> None:
         raise ValueError(f"{option} must be {expected}, not {value!r}")
 
 
-def require_decay(option: str, value: Any) -> None:
-    """Raises ValueError unless the value can be what an average keeps of its past."""
+def require_decay(option: str, value: Any, dtype: torch.dtype | None = None) -> None:
+    """Raises ValueError unless the value can be what an average keeps of its past, if it is stored in `dtype`.
+
+    Rounded to nearest, an average x of values near v stands still as soon as (1 - decay) |v - x| is at most half of the
+    distance from x to the next number. In bfloat16 one that climbs from zero to a constant ends at 0.961 of it with
+    a decay of 0.95, at 0.906 with 0.98, at 0.805 with 0.99 and at 0.25 with 0.999. So from 0.99 on it is refused there:
+    no later step would show that the average stopped following.
+    """
     require(_is_decay(value), option, value, "at least 0 and below 1")
+    stalls = dtype == torch.bfloat16 and value >= 0.99
+    require(not stalls, option, value, "below 0.99 for an average in bfloat16, which would stand still; use float32")
 
 
-def require_betas(betas: Any) -> None:
-    """Raises ValueError unless these are the decays of two averages."""
+def require_betas(betas: Any, dtype: torch.dtype | None = None) -> None:
+    """Raises ValueError unless these are the decays of two averages, see require_decay."""
     pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(_is_decay, betas))
     require(pair, "betas", betas, "two numbers, at least 0 and below 1")
+    for beta in betas:
+        require_decay("each of betas", beta, dtype)
 
 
 def _is_decay(value: Any) -> bool:
@@ -66,9 +78,8 @@ def _is_decay(value: Any) -> bool:
 
 
 def require_dtype(option: str, dtype: Any) -> None:
-    """Raises ValueError unless it is a dtype that state can have."""
-    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    require(floating, option, dtype, "a floating-point torch dtype")
+    """Raises ValueError unless it is a dtype that state can have: squares of small gradients are zero in float16."""
+    require(dtype in STATE_DTYPES, option, dtype, "a floating-point dtype among bfloat16, float32 and float64")
 
 
 class Spec(NamedTuple):
@@ -91,6 +102,7 @@ class Bucket:
     params: list[Tensor]
     matrix: tuple[int, int]  # m, n
     dtype: torch.dtype  # of the stacked gradients and directions
+    layout: dict[str, Any]  # the options that the state was laid out by
     shares: list[range]  # per rank, the parameters it owns
     state: dict[str, Tensor]  # of this rank's share: (parameters, matrices in each, *spec.shape)
 
@@ -108,12 +120,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
             tensors: what to do with more than two dimensions: "refuse" them (default), "stack" the matrices of the last
                 two (experts), or "flatten" them to (size(0), rest) (kernels of convolutions);
             step: how many steps were taken before this one; the shell counts.
-        state_dtype: of the state, whatever that of the parameters; float64 parameters have float64 state.
+        state_dtype: of the state, whatever that of the parameters: bfloat16, float32 or float64; float64 parameters
+            have float64 state.
         process_group: the ranks that share the work (default: all, if torch.distributed is initialized). They must
             hold the same gradients, as they do after DDP, and lack the same ones.
 
-    A parameter without gradient is left alone entirely.
+    A parameter without gradient is left alone entirely. Options can be edited between steps, and are checked in every
+    step as at the start; those in `layout` stay what they were.
     """
+
+    layout: tuple[str, ...] = ("blocks", "tensors")
+    """The options that settle which state there is and what it means; a subclass adds its own."""
 
     def __init__(
         self,
@@ -201,6 +218,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 params=params,
                 matrix=(m, n),
                 dtype=torch.float64 if double else torch.float32,
+                layout={option: group[option] for option in self.layout},
                 shares=shares,
                 state=state,
             )
@@ -221,7 +239,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, after calling `closure` if given; returns what it returned."""
+        """One step, after calling `closure` if given; returns what it returned.
+
+        Raises ValueError, with nothing changed yet, for options that were edited to what cannot be.
+        """
+        self._check_edits()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -237,6 +259,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] += 1
         return loss
+
+    def _check_edits(self) -> None:
+        for bucket in self._buckets:
+            self.check_group(bucket.group)
+            for option, built in bucket.layout.items():
+                if (now := bucket.group[option]) != built:
+                    problem = f"{option} was edited from {built!r} to {now!r}, and the state is laid out by the first"
+                    raise ValueError(f"{problem}; build another optimizer")
 
     def _start(self, bucket: Bucket) -> tuple[list[Tensor | None], list[dist.Work]]:
         """One direction a parameter, None without gradient; those of other ranks are there when the works are done."""
@@ -323,11 +353,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         Raises ValueError, with nothing changed yet, if names, groups, shapes or dtypes differ.
         """
         own = self.state_dict()
-        options = _match_groups(own["param_groups"], state_dict["param_groups"])
+        options = _match_groups(own["param_groups"], state_dict["param_groups"], self.layout)
         for group, saved in zip(self.param_groups, options, strict=True):
             self.check_group({**group, **saved})
         for key, state in own["state"].items():
-            _check_state(key, state, state_dict["state"].get(key))
+            _check_state(key, state, state_dict["state"].get(key), self.layout)
         for group, saved in zip(self.param_groups, options, strict=True):
             group.update(saved)
         for key, state in own["state"].items():
@@ -357,7 +387,9 @@ def _check_parameter(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
     raise ValueError(f"{name!r} of shape {tuple(p.shape)} cannot be optimized as a matrix: {problem}")
 
 
-def _match_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _match_groups(
+    own: list[dict[str, Any]], saved: list[dict[str, Any]], layout: tuple[str, ...]
+) -> list[dict[str, Any]]:
     """The saved options for each own group, which is found again by the parameters in it."""
     here = {key for group in own for key in group["params"]}
     there = {key for group in saved for key in group["params"]}
@@ -369,7 +401,7 @@ def _match_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> lis
     if None in matched:
         raise ValueError("the state dict divides the parameters into other groups than this optimizer does")
     for group, found in zip(own, matched, strict=True):
-        for option in ("blocks", "tensors"):
+        for option in layout:
             here, there = group[option], found.get(option, group[option])
             if here != there:
                 where = f"for {group['params'][0]!r} where this optimizer has {option}={here}"
@@ -377,13 +409,17 @@ def _match_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> lis
     return [{option: value for option, value in group.items() if option != "params"} for group in matched]
 
 
-def _check_state(key: str | int, own: dict[str, Tensor], saved: Mapping[str, Tensor] | None) -> None:
+def _check_state(
+    key: str | int, own: dict[str, Tensor], saved: Mapping[str, Tensor] | None, layout: tuple[str, ...]
+) -> None:
     if saved is None:
         raise ValueError(f"the state dict has no state for {key!r}; join the state dicts of all ranks")
     if own.keys() != saved.keys():
-        raise ValueError(f"the state of {key!r} must be {list(own)}, not {list(saved)}; was it another optimizer's?")
+        origin = f"it is of another optimizer, or of one with other {', '.join(layout)}"
+        raise ValueError(f"the state of {key!r} must be {list(own)}, not {list(saved)}: {origin}")
     for part, tensor in own.items():
         if tensor.shape != saved[part].shape:
             raise ValueError(f"{part} of {key!r} must have shape {tuple(tensor.shape)}, not {tuple(saved[part].shape)}")
         if tensor.dtype != saved[part].dtype:
-            raise ValueError(f"{part} of {key!r} must be {tensor.dtype}, not {saved[part].dtype}; see state_dtype")
+            problem = f"{part} of {key!r} must be {tensor.dtype}, not {saved[part].dtype}"
+            raise ValueError(f"{problem}; build the optimizer with the dtypes that it was saved with")

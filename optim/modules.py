@@ -11,6 +11,16 @@ The recursion of the paper gives every atom a radius, and the norm of a module i
     dualize(g) = (radius_i dualize_i(g_i))_i
     dual_norm(g) = sum_i radius_i dual_norm_i(g_i) = <g, dualize(g)>
 with norm(dualize(g)) = 1. Atoms of mass 0 have radius 0: they stay as they are and do not count.
+
+To first order a step of norm 1 moves the output by at most 1, and a change of the input by at most its length times
+the sensitivity, as long as weights and the inputs of every part have norm at most 1. All constants are the published
+ones, and some modules hand on more than that:
+    Bias                up to 1 + norm(b), so what is behind it moves the output by up to as many times its share
+    split_heads         up to sqrt(heads), where one head holds all of a vector, and 1 where heads share it evenly
+    a + b, and bonds    up to what their function makes of norm 1, if it is not divided by that, as GELU and mul are in
+                        the trees of the papers
+    layer_norm          changes 1 / s times as long, in vectors of standard deviation s below 1
+    PreNormResidual     any length; its sensitivity of 1 is a convention
 """
 
 from __future__ import annotations
@@ -372,7 +382,11 @@ class Vector(Atom):
 
 @dataclass(frozen=True)
 class Bias(Vector):
-    """x -> x + b, measured by the RMS of b."""
+    """x -> x + b, measured by the RMS of b.
+
+    The output has norm up to 1 + norm(b), while the recursion counts on 1: behind a bias, a Linear with the share s of
+    all mass moves the output by up to (1 + norm(b)) s, and so a step of norm 1 by up to 1 + s norm(b).
+    """
 
     kind = "columns"
 
@@ -432,6 +446,29 @@ SIGMOID = Bond("sigmoid", torch.sigmoid, 0.25)
 SILU = Bond("silu", F.silu, 1.0998393194)
 GELU = Bond("gelu", F.gelu, 1.1289041452)
 GELU_TANH = Bond("gelu_tanh", lambda x: F.gelu(x, approximate="tanh"), 1.1289930687)
+SOFTSIGN = Bond("softsign", F.softsign)
+
+
+def leaky_relu(slope: float = 0.01) -> Bond:
+    return Bond(f"leaky_relu({slope})", lambda x: F.leaky_relu(x, slope), max(1.0, abs(slope)))
+
+
+def elu(alpha: float = 1.0) -> Bond:
+    return Bond(f"elu({alpha})", lambda x: F.elu(x, alpha), max(1.0, abs(alpha)))
+
+
+def celu(alpha: float = 1.0) -> Bond:
+    """Of a positive alpha; of others the slope has no bound."""
+    return Bond(f"celu({alpha})", lambda x: F.celu(x, alpha))
+
+
+def softplus(beta: float = 1.0, threshold: float = 20.0) -> Bond:
+    """As torch has it: x itself where beta x is above the threshold, a jump of exp(-threshold) / beta."""
+    return Bond(f"softplus({beta})", lambda x: F.softplus(x, beta, threshold))
+
+
+def hardtanh(low: float = -1.0, high: float = 1.0) -> Bond:
+    return Bond(f"hardtanh({low}, {high})", lambda x: x.clamp(low, high))
 
 
 def mul(factor: float) -> Bond:
@@ -455,7 +492,11 @@ def layer_norm(eps: float = 1e-5) -> Bond:
 
 
 def split_heads(heads: int) -> Bond:
-    """(..., T, heads D) -> (..., heads, T, D). Lengths stay the same where heads are alike."""
+    """(..., T, heads D) -> (..., heads, T, D), with the published sensitivity of 1.
+
+    That holds where heads share the RMS of a vector and of its change evenly. The Lipschitz constant is sqrt(heads):
+    a head that holds all of a vector has sqrt(heads) times its RMS.
+    """
     return Bond(f"split_heads({heads})", lambda x: x.unflatten(-1, (heads, -1)).transpose(-3, -2))
 
 

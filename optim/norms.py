@@ -38,7 +38,11 @@ def row_norms(x: Tensor) -> Tensor:
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """x with rows of length 1, zero rows as they are; entries are scaled first, so that no square leaves the range."""
+    """x with rows of length 1, zero rows as they are; entries are scaled first, so that no square leaves the range.
+
+    Rows count by direction alone: one of a momentum that had a gradient once is as long as the others until its decay
+    leaves the range of floating point, thousands of steps later.
+    """
     tiny = torch.finfo(x.dtype).tiny
     x = x / x.abs().amax(dim=-1, keepdim=True).clamp_(min=tiny)
     return x / row_norms(x).unsqueeze(-1).clamp_(min=tiny)
@@ -56,7 +60,8 @@ def clip_singular_values(x: Tensor, largest: float) -> Tensor:
 SPECTRAL = Geometry(
     norm=lambda x: torch.linalg.matrix_norm(x, 2),
     dual_norm=lambda x: torch.linalg.matrix_norm(x, "nuc"),
-    dualize=lambda x, orthogonalize: orthogonalize(x),
+    # Every caller's batch, as the (k, m, n) that an orthogonalizer is promised.
+    dualize=lambda x, orthogonalize: orthogonalize(x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])).reshape(x.shape),
     project=clip_singular_values,
 )
 ROWS = Geometry(
@@ -85,7 +90,8 @@ class Norm:
 
     Weights are matrices: a vector of size m is (m, 1), and a convolution whose kernel has `taps` entries is flattened
     to (m, inputs taps), from torch's (outputs, inputs, height, width). With per_tap it is instead seen as `taps`
-    matrices (m, inputs), the largest of which counts.
+    matrices (m, inputs), the largest of which counts. Taken with taps=1, a kernel is a layer of inputs taps inputs,
+    and its dual in the norm "spectral" is sqrt(taps) times as long.
     """
 
     geometry: Geometry
@@ -104,7 +110,7 @@ class Norm:
         return (lengths.sum(-1) if self.per_tap else lengths) * self._unit(grads, taps)
 
     def dualize(self, grads: Tensor, orthogonalize: Callable[[Tensor], Tensor], taps: int = 1) -> Tensor:
-        """(..., m, n), the dual map of each gradient."""
+        """(..., m, n), the dual map of each gradient; the orthogonalizer gets (k, m, n)."""
         duals = self.geometry.dualize(self._split(grads, taps), orthogonalize)
         return self._join(duals) * self._unit(grads, taps)
 

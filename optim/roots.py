@@ -20,7 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .eigenbasis import full_precision
+from .eigenbasis import eigh, full_precision, keep_finite
 from .kernels import symmetric_product
 from .matrix_optimizer import require
 
@@ -77,14 +77,7 @@ def inverse_root(a: Tensor, p: int, method: str = "eigh", *, eps: float = 1e-6, 
         rows = design(p, least / (1 + least), 8 * torch.finfo(work.dtype).eps)
         root = coupled_iteration(scaled, p, rows)
     root = (root * total.pow(-1 / p)).to(a.dtype)
-    broken |= ~root.isfinite().all(dim=(-2, -1), keepdim=True)
-    return root.masked_fill_(broken, math.nan)
-
-
-def keep_finite(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrices of `new` (k, n, n), those of `old` in the place of any that holds a NaN; and which did, (k,)."""
-    failed = new.isnan().any(dim=(-2, -1))
-    return torch.where(failed[:, None, None], old.to(new.dtype), new), failed
+    return keep_finite(root.masked_fill_(broken, math.nan), root.new_full((), math.nan))[0]
 
 
 def _size(a: Tensor) -> Tensor:
@@ -98,14 +91,9 @@ def _size(a: Tensor) -> Tensor:
 
 def _by_eigh(a: Tensor, p: int, least: Tensor) -> Tensor:
     """By eigenvalues, none taken below `least` (k, 1); all NaN where LAPACK does not converge even in float64."""
-    for dtype in (a.dtype, torch.float64):
-        try:
-            values, vectors = torch.linalg.eigh(a.to(dtype))
-        except torch.linalg.LinAlgError:
-            continue
-        half = vectors * values.clamp(min=least.to(dtype)).pow(-0.5 / p).unsqueeze(-2)
-        return (half @ half.mT).to(a.dtype)
-    return torch.full_like(a, math.nan)
+    values, vectors = eigh(a)
+    half = vectors * values.clamp(min=least).pow(-0.5 / p).unsqueeze(-2)
+    return half @ half.mT
 
 
 # ---- the coupled iteration ------------------------------------------------------------------------------------------

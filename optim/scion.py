@@ -24,16 +24,20 @@ class Scion(MatrixOptimizer):
     leave; with 0 it is the unconstrained form; in between the ball has radius / weight_decay. With norm="spectral" and
     no decay it is Muon without lookahead, shape scale "spectral".
 
+    Dual maps of rows, columns and entries make each as long as any other, however small it is: a row of an embedding
+    that had a gradient once keeps moving at full length while its momentum decays, as in the published method.
+
     Args:
         params, blocks, tensors, state_dtype, process_group: see MatrixOptimizer. Convolutions and vectors need
             tensors="flatten"; a vector of size m is the matrix (m, 1).
-        lr: the length of a step, in units of `radius`.
+        lr: the length of a step, in units of `radius`; lr * weight_decay is at most 1 in every step.
         norm: one of NORMS. Recommended, first layer to last: "spectral_image", "spectral", "sign" for images;
             "embedding", "spectral", "sign" for tokens; "sign_embedding", "spectral" if embedding and head are tied;
             "columns" for biases, "sign" in a last layer.
         radius: of the ball, or one for each block.
         momentum: 1 - alpha of the paper: M <- momentum M + (1 - momentum) G.
-        taps: entries of the kernel, for convolutions (9 for 3 x 3).
+        taps: entries of the kernel, for convolutions (9 for 3 x 3). Left at 1, a kernel is taken as a linear layer of
+            all that it reads, and its spectral steps are sqrt(taps) times as long (3 times for 3 x 3).
         orthogonalizer: for the spectral norms, a name from ORTHOGONALIZERS or a callable, as in Muon.
     """
 
@@ -79,6 +83,8 @@ class Scion(MatrixOptimizer):
         require(lengths, "radius", radii, "a number of at least 0, or one for each block")
         require_decay("momentum", momentum)
         require(isinstance(taps, int) and taps >= 1, "taps", taps, "a whole number of at least 1")
+        decay = group["lr"] * group["weight_decay"]
+        require(decay <= 1, "lr * weight_decay", decay, "at most 1, beyond which weights change sign")
 
     def state_spec(self, m: int, n: int, group: Mapping[str, Any]) -> dict[str, Spec]:
         require(n % group["taps"] == 0, "taps", group["taps"], f"the size of the kernel, which divides {n}")

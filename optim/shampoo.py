@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .eigenbasis import average, full_precision
-from .matrix_optimizer import MatrixOptimizer, Spec, require, require_betas, require_dtype
+from .matrix_optimizer import MatrixOptimizer, Spec, require, require_betas, require_decay, require_dtype
 from .roots import DAMPINGS, METHODS, inverse_root, keep_finite
 
 CHOICES = {
@@ -104,15 +104,19 @@ class Shampoo(MatrixOptimizer):
         precondition_frequency: how many steps from one computation of the roots to the next, the first step's on.
         block_size: longer sides are cut into equal parts, whose blocks are preconditioned alone; None cuts nothing.
         max_dim: a side longer than this is not cut and has no root.
-        preconditioner_dtype: of statistics and roots, None for state_dtype.
+        preconditioner_dtype: of statistics and roots, None for state_dtype. Averages of a long memory stand still in
+            bfloat16, where decays of 0.99 and more are refused (see require_decay), and sums at 256 times what is added
+            to them, so they are refused as well.
 
     Until its first roots a matrix takes the identity for them; where a root fails, the last one stays. A gradient that
     holds a NaN or an infinity, or whose square sum is one, gives no direction and leaves the state as it is. Both are
     counted in the state, as `failures` of the matrix.
 
     State of an m x n matrix in elements, if it is not cut: 2 m^2 + 2 n^2 + m n, grafting from Adam m n more, and two
-    counts. Grafting, block_size and max_dim determine its layout and stay what they were at the start.
+    counts.
     """
+
+    layout = (*MatrixOptimizer.layout, "grafting", "block_size", "max_dim")
 
     def __init__(
         self,
@@ -162,7 +166,7 @@ class Shampoo(MatrixOptimizer):
     def check_group(self, group: Mapping[str, Any]) -> None:
         super().check_group(group)
         eps = group["eps"]
-        require_betas(group["betas"])
+        require_betas(group["betas"], self._state_dtype)
         require(isinstance(eps, Real) and 0 <= eps < math.inf, "eps", eps, "a number of at least 0")
         for option, choices in CHOICES.items():
             require(group[option] in choices, option, group[option], f"one of {', '.join(map(str, choices))}")
@@ -170,6 +174,12 @@ class Shampoo(MatrixOptimizer):
             value = group[option]
             whole = (isinstance(value, int) and value >= least) or (option == "block_size" and value is None)
             require(whole, option, value, f"a whole number of at least {least}")
+        dtype = self._preconditioner_dtype or self._state_dtype
+        if group["statistics"] == "ema":
+            require_decay("betas[1]", group["betas"][1], dtype)
+        else:
+            expected = "ema in bfloat16, where sums soon stand still"
+            require(dtype != torch.bfloat16, "statistics", group["statistics"], expected)
 
     def state_spec(self, m: int, n: int, group: Mapping[str, Any]) -> dict[str, Spec]:
         cut = grid(m, n, group["block_size"], group["max_dim"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import orthogonalizers
 from .eigenbasis import average
-from .kronecker import Bases, KroneckerOptimizer, facing
+from .kronecker import Bases, KroneckerOptimizer, Projected, facing
 from .matrix_optimizer import Spec, require
 
 
@@ -48,6 +48,7 @@ class SOAP(KroneckerOptimizer):
     Args:
         params, betas, and all further options: see KroneckerOptimizer.
         lr: as for Adam, whose entries of about 1 the direction has.
+        eps: as in Adam, above 0.
         bias_correction: of both moments, as in Adam.
         orthogonalizer: applied to the direction if given, which makes SOAP-Muon; a name or a map, as for Muon.
 
@@ -75,7 +76,8 @@ class SOAP(KroneckerOptimizer):
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         super().check_group(group)
-        correct = group["bias_correction"]
+        eps, correct = group["eps"], group["bias_correction"]
+        require(eps >= torch.finfo(torch.float32).tiny, "eps", eps, "above 0, in float32 too")  # or there is 0 / 0
         require(isinstance(correct, bool), "bias_correction", correct, "True or False")
 
     def state_spec(self, m: int, n: int, group: Mapping[str, Any]) -> dict[str, Spec]:
@@ -83,10 +85,10 @@ class SOAP(KroneckerOptimizer):
         return {**super().state_spec(m, n, group), **moment}
 
     def observe(
-        self, grads: Tensor, x: Tensor, bases: Bases, state: dict[str, Tensor], weight: Tensor, group: Mapping[str, Any]
+        self, seen: Projected, bases: Bases, state: dict[str, Tensor], group: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        seen = x if group["storage"] == "P" else grads  # the other side's basis is orthogonal and cancels
-        return {side: facing(seen, side) for side in bases}
+        rows = seen.whole if group["storage"] == "P" else seen.gradients  # the other basis is orthogonal and cancels
+        return {side: facing(rows, side) for side in bases}
 
     def rescale(
         self, x: Tensor, bases: Bases, state: dict[str, Tensor], active: Tensor, group: Mapping[str, Any]

@@ -4,9 +4,10 @@
     python -m scripts.bench_refresh --tracking
 
 Refreshes (optim/eigenbasis.py) are timed in turns in one process, on one factor (n, n) near its eigenbasis; what else
-turns with a basis in an optimizer, its moments, is left out. Bytes are those of the optimizers' own state. --tracking
-feeds moving averages of few noisy gradients of a covariance that turns a little in every step, and asks after each
-refresh how far the basis is from diagonalizing the covariance. OMP_NUM_THREADS chooses the threads.
+turns with a basis in an optimizer, its moments, is left out; "with polish" adds the share of a refresh in the polish
+that comes after several. Bytes are those of the optimizers' own state. --tracking feeds moving averages of few noisy
+gradients of a covariance that turns a little in every step, and asks after each refresh how far the basis is from
+diagonalizing the covariance. OMP_NUM_THREADS chooses the threads.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from optim.eigenbasis import Eigenbasis, Refresh
 from scripts.bench_orthogonalizers import MODELS
 from training.run_directory import processor
 
-BARE, FULL = "torch.linalg.qr alone", "full QR, fp32 P"
+BARE, FULL, POLISH = "torch.linalg.qr alone", "full QR, fp32 P", "polish of a bf16 basis"
+POLISH_INTERVAL = 10  # the default of the optimizers
 
 
 class Seconds(NamedTuple):
@@ -60,10 +62,10 @@ def factor(n: int) -> Tensor:
     return ((torch.eye(n) + 0.05 * (noise + noise.mT) / n**0.5) * scale * scale.unsqueeze(-1)).unsqueeze(0)
 
 
-def prepared(p: Tensor, refresh: Refresh, storage: str, dtype: torch.dtype) -> Callable[[], object]:
-    """A refresh yet to be made, of a factor of its own; as its basis is the identity, p is S as well as P."""
+def prepared(p: Tensor, refresh: Refresh | None, storage: str, dtype: torch.dtype) -> Callable[[], object]:
+    """A refresh, or for None a polish, yet to be made of a factor of its own; with the identity for Q, p is S and P."""
     basis = Eigenbasis(p.to(dtype, copy=True), torch.eye(p.size(-1), dtype=dtype).unsqueeze(0), storage)
-    return partial(basis.refresh, refresh, 0, torch.ones(1, dtype=torch.bool))
+    return basis.polish if refresh is None else partial(basis.refresh, refresh, 0, torch.ones(1, dtype=torch.bool))
 
 
 def refreshes(p: Tensor, fraction: float) -> dict[str, Callable[[], Callable[[], object]]]:
@@ -75,11 +77,15 @@ def refreshes(p: Tensor, fraction: float) -> dict[str, Callable[[], Callable[[],
     rows = {
         "full QR, fp32 S": (Refresh("qr"), "S", torch.float32),
         FULL: (Refresh("qr"), "P", torch.float32),
+        "full QR, bf16 P": (Refresh("qr"), "P", torch.bfloat16),
         "full eigh, fp32 P": (Refresh("eigh"), "P", torch.float32),
+        f"QR of {part}, partition, fp32 S": (subspace, "S", torch.float32),
+        f"QR of {part}, greedy, fp32 S": (greedy, "S", torch.float32),
         f"QR of {part}, partition, fp32 P": (subspace, "P", torch.float32),
         f"QR of {part}, greedy, fp32 P": (greedy, "P", torch.float32),
         f"QR of {part}, partition, bf16 P": (subspace, "P", torch.bfloat16),
         f"eigh of {part} (block Jacobi), fp32 P": (jacobi, "P", torch.float32),
+        POLISH: (None, "P", torch.bfloat16),
     }
     bare = {BARE: lambda: partial(torch.linalg.qr, p)}
     return bare | {name: partial(prepared, p, *how) for name, how in rows.items()}
@@ -97,10 +103,21 @@ def time_refreshes(n: int, fraction: float, rounds: int) -> dict[str, Seconds]:
     return {name: median(taken) for name, taken in times.items()}
 
 
+def polished(times: dict[str, Seconds], fraction: float) -> dict[str, Seconds]:
+    """The refreshes that need it, each with its share in the polish after POLISH_INTERVAL turns of every vector."""
+    found = {}
+    for name, part in (("full QR, bf16 P", 1.0), (f"QR of {fraction:g} n, partition, bf16 P", fraction)):
+        refreshes = round(POLISH_INTERVAL / part)
+        clocks = zip(times[name], times[POLISH], strict=True)
+        found[f"{name}, with polish"] = Seconds(*(refresh + polish / refreshes for refresh, polish in clocks))
+    return found
+
+
 def time_table(sizes: list[int], fraction: float, rounds: int) -> str:
     lines = []
     for n in sizes:
         times = time_refreshes(n, fraction, rounds)
+        times |= polished(times, fraction)
         for name, (wall, cpu) in times.items():
             ratios = (f"{times[other].cpu / cpu:.2f}" for other in (FULL, BARE))
             lines.append([n, name, f"{1e3 * wall:.4g}", f"{1e3 * cpu:.4g}", *ratios])
@@ -155,6 +172,7 @@ class Drift:
     """Gradients of a covariance with eigenvalues over four decades, whose eigenvectors turn steadily."""
 
     n: int = 128
+    rank: int = 128  # beyond which eigenvalues are zero
     samples: int = 4  # columns of a gradient
     angle: float = 0.003  # the most that a vector turns in a step, in radians
     seed: int = 0
@@ -162,7 +180,7 @@ class Drift:
     def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Forever the next gradient (1, n, samples), with E[rows rows^T] its covariance, and this (n, n)."""
         generator = torch.Generator().manual_seed(self.seed)
-        values = torch.logspace(0, -4, self.n)
+        values = torch.logspace(0, -4, self.n).where(torch.arange(self.n) < self.rank, 0)
         vectors = torch.linalg.qr(torch.randn(self.n, self.n, generator=generator)).Q
         skew = torch.randn(self.n, self.n, generator=generator)
         skew = skew - skew.mT
@@ -179,28 +197,41 @@ def off_diagonal(p: Tensor) -> float:
 
 
 def correlation(p: Tensor) -> float:
-    """The root mean square of p_ij / sqrt(p_ii p_jj) off the diagonal, where small eigenvalues count as large ones."""
-    scale = p.diagonal().rsqrt()
+    """The root mean square of p_ij / sqrt(p_ii p_jj) off the diagonal, where small eigenvalues count as large ones.
+
+    But for those below the precision of the largest, which may be zero.
+    """
+    diagonal = p.diagonal()
+    scale = diagonal.clamp(min=torch.finfo(p.dtype).eps * diagonal.max()).rsqrt()
     scaled = (p * scale * scale.unsqueeze(-1)).fill_diagonal_(0)
     return (scaled.square().sum() / (len(p) * (len(p) - 1))).sqrt().item()
 
 
-def track(drift: Drift, refresh: Refresh | None, every: int, steps: int, beta: float = 0.95) -> tuple[Tensor, Tensor]:
+def track(
+    drift: Drift,
+    refresh: Refresh | None,
+    every: int,
+    steps: int,
+    storage: str = "S",
+    dtype: torch.dtype = torch.float32,
+    beta: float = 0.95,
+) -> tuple[Tensor, Tensor]:
     """Off-diagonal ratio and correlation of the covariance in the basis after each of the steps, (steps,) each.
 
     The statistic averages gradients by beta. Its basis starts from the first one's, as in KroneckerOptimizer, and is
     refreshed every few steps; never if there is no refresh.
     """
-    basis = Eigenbasis(torch.zeros(1, drift.n, drift.n), torch.eye(drift.n).unsqueeze(0), "S")
+    start = torch.zeros(1, drift.n, drift.n, dtype=dtype), torch.eye(drift.n, dtype=dtype).unsqueeze(0)
+    basis = Eigenbasis(*start, storage)
     weight, everywhere = torch.full((1, 1, 1), 1 - beta), torch.ones(1, dtype=torch.bool)
     found = []
     for step, (rows, covariance) in zip(range(steps), drift.steps(), strict=False):
-        basis.accumulate(rows, weight)
+        basis.accumulate(rows if storage == "S" else basis.basis.float().mT @ rows, weight)
         if step == 0:
             basis.refresh(Refresh("eigh"), 0, everywhere)
         elif refresh is not None and step % every == 0:
             basis.refresh(refresh, step // every, everywhere)
-        q = basis.basis[0]
+        q = basis.basis[0].float()
         seen = q.mT @ covariance @ q
         found.append((off_diagonal(seen), correlation(seen)))
     ratios, correlations = torch.tensor(found).unbind(dim=-1)
@@ -210,28 +241,43 @@ def track(drift: Drift, refresh: Refresh | None, every: int, steps: int, beta: f
 def tracked(fraction: float) -> dict[str, tuple[Refresh | None, int]]:
     """Refreshes and how many steps apart they are: those of a part also often enough to turn all vectors in ten."""
     part, often = f"{fraction:g} n", max(1, round(10 * fraction))
+    refresh = partial(Refresh, polish=POLISH_INTERVAL)
     kinds = {
-        f"QR of {part}, partition": Refresh("qr", fraction),
-        f"QR of {part}, greedy": Refresh("qr", fraction, "greedy"),
-        f"block Jacobi of {part}, partition": Refresh("eigh", fraction),
-        f"block Jacobi of {part}, greedy": Refresh("eigh", fraction, "greedy"),
+        f"QR of {part}, partition": refresh("qr", fraction),
+        f"QR of {part}, greedy": refresh("qr", fraction, "greedy"),
+        f"block Jacobi of {part}, partition": refresh("eigh", fraction),
+        f"block Jacobi of {part}, greedy": refresh("eigh", fraction, "greedy"),
     }
-    full = {"none": (None, 10), "full QR": (Refresh("qr"), 10), "full eigh": (Refresh("eigh"), 10)}
+    full = {"none": (None, 10), "full QR": (refresh("qr"), 10), "full eigh": (refresh("eigh"), 10)}
     return full | {f"{name}, every {every}": (kind, every) for every in (10, often) for name, kind in kinds.items()}
+
+
+CASES = [  # columns of a gradient, rank of the covariance, what is stored
+    (1, 128, "fp32 S"),
+    (4, 128, "fp32 S"),
+    (64, 128, "fp32 S"),
+    (4, 128, "bf16 P"),
+    (4, 32, "fp32 S"),
+    (4, 32, "bf16 P"),
+]
 
 
 def tracking_table(fraction: float, seeds: int, steps: int = 400) -> str:
     lines = []
-    for samples in (1, 4, 64):
+    for samples, rank, stored in CASES:
+        storage = STORAGES[stored]["storage"], STORAGES[stored].get("preconditioner_dtype", torch.float32)
         for name, (refresh, every) in tracked(fraction).items():
-            runs = [track(Drift(samples=samples, seed=seed), refresh, every, steps) for seed in range(seeds)]
+            drifts = [Drift(rank=rank, samples=samples, seed=seed) for seed in range(seeds)]
+            runs = [track(drift, refresh, every, steps, *storage) for drift in drifts]
             ratios, correlations = (
                 torch.stack(values).view(seeds, 4, -1).mean(dim=-1) for values in zip(*runs, strict=True)
             )
             quarters = [f"{quarter:.3f}" for quarter in ratios.mean(dim=0).tolist()]
             spread = (ratios[:, -1].amax() - ratios[:, -1].amin()).item()
-            lines.append([samples, name, *quarters, f"{spread:.3f}", f"{correlations[:, -1].mean().item():.3f}"])
-    headers = ["samples", "refresh", *(f"steps to {steps * i // 4}" for i in (1, 2, 3, 4)), "range", "correlation"]
+            shown = *quarters, f"{spread:.3f}", f"{correlations[:, -1].mean().item():.3f}"
+            lines.append([samples, rank, stored, name, *shown])
+    quarters = [f"steps to {steps * i // 4}" for i in (1, 2, 3, 4)]
+    headers = ["samples", "rank", "stored", "refresh", *quarters, "range", "correlation"]
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
 
 

@@ -173,11 +173,11 @@ class SoapConfig:
     refresh: Literal["qr", "eigh"] = "qr"
     """One step of orthogonal iteration, or all the way to the eigenvectors."""
     subspace_fraction: float = 1.0
-    """Part of each basis that a refresh turns; 0.25 costs a sixth of all of it or less."""
+    """Part of each basis that a refresh turns; what 0.25 saves is in logs/reference/refresh_speed/."""
     subspace_rule: Literal["partition", "greedy"] = "partition"
     """Which part: random ones in turn, or that with most off-diagonal mass."""
     polish_interval: int = 10
-    """Refreshes between steps that make the bases orthonormal again; 0 is never."""
+    """How often each vector of a bfloat16 basis is turned before the basis is made orthonormal again; 0 is never."""
     transport: Literal["permute", "squared"] = "permute"
     """How second moments follow a refresh: with their eigenvalues' order, or by the squared rotation."""
     statistics: Literal["after", "before"] = "after"
@@ -238,8 +238,10 @@ class ScionConfig:
     """scion: steps of length radius times optim.matrix.lr, in a norm for each kind of parameter; weights stay in the
     ball of that radius with optim.matrix.weight_decay=1 (Scion) and are free with 0 (unconstrained Scion)."""
 
+    norm: Literal["sign", "sign_embedding", "rows", "embedding", "columns", "spectral"] = "spectral"
+    """Of the hidden matrices: the largest singular value over sqrt(out/in), or one of those listed for embeddings."""
     radius: float = 50.0
-    """Of the hidden matrices, in the spectral norm over sqrt(out/in); as published for GPT-2, like the two below."""
+    """Of the hidden matrices; as published for GPT-2 in the spectral norm, like embedding_norm and embedding_radius."""
     embedding_norm: Literal["sign", "sign_embedding", "rows", "embedding", "columns", "spectral"] = "sign"
     """Of embeddings and head: the largest entry, in the unit of a head or of an embedding; the longest row, in that of
     a head (RowNorm) or of an embedding (ColNorm); the longest column; or as for hidden matrices (optim/norms.py)."""

@@ -1,4 +1,4 @@
-"""A look into the optimizer step: how orthogonal the updates are, how large, and how long they take.
+"""A look into the optimizer step: how orthogonal the updates are, how large, how long they take, and what failed.
 
 Looking costs a copy of the weights and a few SVDs, so the loop does it every `train.inspect_every` steps only.
 """
@@ -6,20 +6,19 @@ Looking costs a copy of the weights and a few SVDs, so the loop does it every `t
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optim import MatrixOptimizer
+from training.metrics import warn
 from training.optimizers import kind_of
 from training.runtime import Runtime
+from training.state import Optimizers
 
 
-def inspect_step(
-    model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], runtime: Runtime
-) -> dict[str, dict[str, Any]]:
+def inspect_step(model: nn.Module, optimizers: Optimizers, runtime: Runtime) -> dict[str, dict[str, Any]]:
     """Take one optimizer step and tell about it.
 
     Returns {"milliseconds": {optimizer: ms}, "update_to_weight": {kind of parameter: RMS of the change over RMS of
@@ -52,6 +51,26 @@ def inspect_step(
         "update_to_weight": _update_to_weight(model, before),
         "directions": {shape: _spectrum(name, matrix) for shape, (name, matrix) in sampled.items()},
     }
+
+
+class Failures:
+    """What matrix optimizers count in their states as `failures`, summed over all ranks."""
+
+    def __init__(self, optimizers: Optimizers, runtime: Runtime) -> None:
+        self.optimizers, self.runtime = optimizers, runtime
+        self.count = self._sum()
+
+    def tell(self) -> dict[str, int]:
+        """Count again, on all ranks at once, and warn where there are more; for a record, empty as long as none is."""
+        before, self.count = self.count, self._sum()
+        if self.count > before and self.runtime.is_main:
+            warn(f"gradients or factorizations that were not finite left a matrix out {self.count} times so far")
+        return {"failures": self.count} if self.count else {}
+
+    def _sum(self) -> int:
+        states = [state for optimizer in self.optimizers.values() for state in optimizer.state.values()]
+        counts = [state["failures"].sum() for state in states if "failures" in state]
+        return int(self.runtime.sum(sum(counts, start=torch.zeros(())))[0])
 
 
 def _update_to_weight(model: nn.Module, before: dict[str, Tensor]) -> dict[str, float]:

@@ -38,6 +38,11 @@ def gpt2_tree(
     The tied head is measured by its largest output, so that its norm and the embedding's differ by a factor only. That
     factor is the width: in a head of norm 1, rows have RMS 1/width. The norms that read them as embeddings divide
     by as much, which makes the model as many times as sensitive to embeddings, those of positions included.
+
+    Published initialisation, N(0, 0.02), is outside of the unit balls that sensitivities assume. The norm of the head,
+    sqrt(width) times its longest row, is about 0.02 width: at first 1.6, 3.0, 5.7 and 11.1 for widths of 64, 128, 256
+    and 512 and a vocabulary of 512. There a first step of length 1 changes some logit by more than 1: by 1.1, 1.6, 2.2
+    and 3.9 on random tokens with 2 layers.
     """
     config = model.config
     tokens = Embed(config.padded_vocab, config.width, name=f"{prefix}wte.weight")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,21 +32,23 @@ from optim import (
 )
 from optim.modular import ModularDual
 from optim.orthogonalizers import EXACT
-from training.config import ConfigError, MatrixConfig, OptimConfig
+from training.config import ConfigError, MatrixConfig, OptimConfig, flatten
 from training.modular_trees import gpt2_tree
 
 
 def build_optimizers(
-    model: nn.Module, config: OptimConfig, *, compile: bool = False
+    model: nn.Module, config: OptimConfig, *, seed: int = 0, compile: bool = False
 ) -> dict[str, torch.optim.Optimizer]:
     """The optimizers of `model` by name, every trainable parameter in exactly one of them, exactly once.
 
+    seed: of the run, for what an optimizer draws at random.
     compile: whether the orthogonalizer is compiled, one graph for each shape of stack.
     Those of WHOLE_MODEL update all of it, the others the hidden matrices, and AdamW the rest. Every group remembers
-    its peak learning rate as `peak_lr`. Raises ConfigError for options out of range, RoutingError for rules that do not
-    fit the model.
+    its peak learning rate as `peak_lr`. Raises ConfigError for options out of range or without use to the optimizer,
+    RoutingError for rules that do not fit the model.
     """
     name = config.matrix.optimizer
+    _refuse_unread(config)
     if name in WHOLE_MODEL:
         optimizers = {name: WHOLE_MODEL[name](model, config, compile)}
     else:
@@ -54,6 +57,8 @@ def build_optimizers(
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
+            if "seed" in group:
+                group["seed"] = seed
     return optimizers
 
 
@@ -152,16 +157,16 @@ def build_sgd(groups: Groups, config: OptimConfig, compile: bool) -> torch.optim
         return torch.optim.SGD(groups, momentum=matrix.momentum, nesterov=matrix.nesterov)
 
 
+KRONECKER: dict[str, type[KroneckerOptimizer]] = {"soap": SOAP, "kl_soap": KLSOAP, "kl_shampoo": KLShampoo}
+
+
 def build_soap(groups: Groups, config: OptimConfig, compile: bool) -> KroneckerOptimizer:
-    kind = {"soap": SOAP, "kl_soap": KLSOAP, "kl_shampoo": KLShampoo}[config.matrix.optimizer]
+    kind = KRONECKER[config.matrix.optimizer]
     options = {key: value for key, value in dataclasses.asdict(config.soap).items() if value is not None}
     options["preconditioner_dtype"] = DTYPES[config.soap.preconditioner_dtype]
-    for option in ("bias_correction", "eigenvalues"):
-        if option not in kind.own_options:
-            options.pop(option, None)
-    if options.pop("orthogonalize"):
-        if kind is KLShampoo:
-            raise ConfigError("optim.soap.orthogonalize=true goes with soap and kl_soap, not with kl_shampoo")
+    for key in UNREAD.get(config.matrix.optimizer, ()):
+        options.pop(key.removeprefix("optim.soap."), None)
+    if options.pop("orthogonalize", False):
         with config_errors("optim.matrix"):
             options["orthogonalizer"] = _compiled(build_orthogonalizer(config.matrix), compile)
     with config_errors("optim.soap"):
@@ -192,9 +197,7 @@ def build_jorge(groups: Groups, config: OptimConfig, compile: bool) -> Jorge:
 BUILDERS: dict[str, Callable[[Groups, OptimConfig, bool], torch.optim.Optimizer]] = {
     "muon": build_muon,
     "sgd": build_sgd,
-    "soap": build_soap,
-    "kl_soap": build_soap,
-    "kl_shampoo": build_soap,
+    **dict.fromkeys(KRONECKER, build_soap),
     "shampoo": build_shampoo,
     "jorge": build_jorge,
 }
@@ -211,7 +214,7 @@ def build_scion(model: nn.Module, config: OptimConfig, compile: bool) -> Scion:
     matrices = [found for found in routes if found.parameter.ndim > 1]
     vectors = [found for found in routes if found.parameter.ndim == 1]
     balls = (
-        ("matrix", routes, {"norm": "spectral", "radius": scion.radius}),
+        ("matrix", routes, {"norm": scion.norm, "radius": scion.radius}),
         ("adamw", matrices, {"norm": scion.embedding_norm, "radius": scion.embedding_radius}),
         ("adamw", vectors, {"norm": "sign", "radius": scion.vector_radius, "tensors": "flatten"}),
     )
@@ -262,6 +265,25 @@ READS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "modular": (("momentum", *ORTHOGONALIZER_KEYS), ("modular",)),
 }
 """By optimizer: the keys of optim.matrix beside those that all read, and the sections beside optim.matrix."""
+UNREAD: dict[str, tuple[str, ...]] = {
+    "soap": ("optim.soap.eigenvalues",),
+    "kl_shampoo": ("optim.soap.bias_correction", "optim.soap.orthogonalize"),
+}
+"""By optimizer: the keys of those sections that it has no use for, and others have."""
+
+
+def _refuse_unread(config: OptimConfig) -> None:
+    """Raises ConfigError where such a key is given; keys of optim.matrix and of other sections wait for others."""
+    name, given, defaults = config.matrix.optimizer, _flat(config), _flat(OptimConfig())
+    for key in UNREAD.get(name, ()):
+        if given[key] != defaults[key]:
+            section = key.split(".")[1]
+            users = [other for other in READS if section in READS[other][1] and key not in UNREAD.get(other, ())]
+            raise ConfigError(f"{key}={given[key]} goes with {' and '.join(users)}, not with {name}")
+
+
+def _flat(config: OptimConfig) -> dict[str, Any]:
+    return flatten({"optim": dataclasses.asdict(config)})
 
 
 def keys_read(settings: Mapping[str, Any]) -> Callable[[str], bool]:
@@ -275,7 +297,10 @@ def keys_read(settings: Mapping[str, Any]) -> Callable[[str], bool]:
     if settings["optim.matrix.orthogonalizer"] in EXACT:
         keys = tuple(key for key in keys if key not in ITERATION_KEYS)
     read = {"optim.grad_clip", *(f"optim.matrix.{key}" for key in ("optimizer", "lr", "weight_decay", *keys))}
-    return lambda key: not key.startswith("optim.") or key in read or key.split(".")[1] in sections
+    unread = UNREAD.get(name, ())
+    return lambda key: (
+        not key.startswith("optim.") or key in read or (key.split(".")[1] in sections and key not in unread)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,10 +312,11 @@ def conventions(config: OptimConfig) -> dict[str, Any]:
     matrix, name = config.matrix, config.matrix.optimizer
     keys, sections = READS[name]
     told: dict[str, Any] = {} if name == "muon" else {"optimizer": name}
-    if "orthogonalizer" in keys:
-        form = matrix.momentum_form if "momentum_form" in keys else "ema"
+    if "momentum" in keys:
+        form = matrix.momentum_form if "momentum_form" in keys else "sum" if name == "sgd" else "ema"
         ahead = " nesterov" if "nesterov" in keys and matrix.nesterov else ""
         told["momentum"] = f"{form} {matrix.momentum}{ahead}"
+    if "orthogonalizer" in keys or (name in KRONECKER and config.soap.orthogonalize):
         told["orthogonalizer"] = matrix.orthogonalizer
         told["iteration"] = repr(build_orthogonalizer(matrix))  # its coefficients, margin and dtype
     if "shape_scale" in keys:
@@ -298,9 +324,21 @@ def conventions(config: OptimConfig) -> dict[str, Any]:
     told["weight_decay"] = matrix.weight_decay
     if "adamw" in sections:
         told["adamw_shares_lr"] = config.adamw.lr is None
-    if name in WHOLE_MODEL:
-        told |= dataclasses.asdict(getattr(config, name))  # norms and radii, or masses
+    for section in sections:
+        if section not in WITH_ADAMW:  # the order of a step, decays and storage; norms and radii; or masses
+            values = dataclasses.asdict(getattr(config, section))
+            told |= {key: v for key, v in values.items() if f"optim.{section}.{key}" not in UNREAD.get(name, ())}
+    if name in KRONECKER:
+        nulls = {key: _default(KRONECKER[name], key) for key in ("betas", "bias_correction") if key in told}
+        told |= {key: value for key, value in nulls.items() if told[key] is None}
+        told["shampoo_beta"] = told["betas"][1] if told["shampoo_beta"] is None else told["shampoo_beta"]
     return told
+
+
+def _default(kind: type, option: str) -> Any:
+    """Of the constructor, which hands what it does not name on to those of its bases."""
+    signatures = (inspect.signature(base.__init__).parameters for base in kind.__mro__)
+    return next(found[option].default for found in signatures if option in found)
 
 
 def kind_of(name: str) -> str:

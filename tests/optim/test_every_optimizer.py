@@ -150,6 +150,41 @@ def test_blocks_equal_separate_matrices(make):
     torch.testing.assert_close(whole.detach(), torch.cat(parts).detach(), rtol=0, atol=1e-9)
 
 
+def of_tensors(cases):
+    """For every optimizer but ModularDual, whose tree says how tensors are read."""
+    makes = {name: make for name, make in EVERY.items() if name != "modular"}
+    return lambda test: pytest.mark.parametrize("shape", cases)(
+        pytest.mark.parametrize("make", makes.values(), ids=makes)(test)
+    )
+
+
+@of_tensors([(3, 6, 4), (2, 3, 4, 6)])
+def test_stacks_equal_separate_matrices(make, shape):
+    [experts] = parameters([shape], torch.float64)
+    parts = [nn.Parameter(matrix.clone()) for matrix in experts.detach().flatten(0, -3)]
+    whole, apart = make([{"params": [experts], "tensors": "stack"}], lr=0.1), make(parts, lr=0.1)
+    for step in range(8):
+        set_gradients([experts], step=step)
+        for part, grad in zip(parts, experts.grad.flatten(0, -3), strict=True):
+            part.grad = grad
+        whole.step()
+        apart.step()
+    torch.testing.assert_close(experts.detach().flatten(0, -3), torch.stack(parts).detach(), rtol=0, atol=1e-9)
+
+
+@of_tensors([(6, 4, 3), (6, 3, 2, 2)])
+def test_flattened_kernels_equal_matrices(make, shape):
+    [kernel] = parameters([shape], torch.float64)
+    matrix = nn.Parameter(kernel.detach().flatten(1))
+    flat, plain = make([{"params": [kernel], "tensors": "flatten"}], lr=0.1), make([matrix], lr=0.1)
+    for step in range(8):
+        set_gradients([kernel], step=step)
+        matrix.grad = kernel.grad.flatten(1)
+        flat.step()
+        plain.step()
+    torch.testing.assert_close(kernel.detach().flatten(1), matrix.detach(), rtol=0, atol=1e-9)
+
+
 # ---- gradients that are missing or zero -----------------------------------------------------------------------------
 
 
@@ -182,13 +217,25 @@ def test_zero_gradients_only_decay_and_harm_nothing_later(make):
 
 @every
 def test_options_edited_in_mid_run_take_effect(make):
+    """In the group that was edited, and nothing in the other."""
     params = parameters(SHAPES)
     optimizer = make([{"params": params[:2]}, {"params": params[2:]}], lr=0.1)
     run(optimizer, params, range(4))
-    before = clones(params)
-    optimizer.param_groups[0]["lr"] = 0.0
-    run(optimizer, params, range(4, 5))
-    assert equal(params[:2], before[:2]) and not any(map(torch.equal, params[2:], before[2:]))
+
+    def after(**edits):
+        copies, edited = copy.deepcopy((params, optimizer))
+        edited.param_groups[0].update(edits)
+        run(edited, copies, range(4, 5))
+        assert edits == {} or equal(copies[2:], usual[2:])
+        return clones(copies)
+
+    usual = after()
+    assert not any(map(torch.equal, usual, params))
+    assert equal(after(lr=0.0)[:2], params[:2])
+    for p, q, start in zip(after(weight_decay=0.5)[:2], usual, params, strict=False):
+        torch.testing.assert_close(p, q - 0.1 * 0.5 * start)
+    forgetful = {"betas": (0.0, 0.9)} if "betas" in optimizer.defaults else {"momentum": 0.0}
+    assert not any(map(torch.equal, after(**forgetful)[:2], usual))
 
 
 @every

@@ -8,17 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from optim import orthogonalizer
-from optim.modular import ModularDual, atom_tensors, dual_groups, modular_tree
+from optim import ModularDual, modular_tree, orthogonalizer
+from optim.modular import atom_tensors, dual_groups
 from optim.modules import (
     ATTEND,
     GELU,
-    GELU_TANH,
     IDENTITY,
     MERGE_HEADS,
     RELU,
-    SIGMOID,
-    SILU,
     TANH,
     Bias,
     Bond,
@@ -219,12 +216,19 @@ def test_kernels_tap_by_tap_and_flattened_are_two_norms_of_one_map():
     torch.testing.assert_close(c[..., 0, 0], d)
 
 
-def test_rows_without_gradient_stay_zero():
+def test_rows_without_gradient_stay_zero_in_the_dual():
     tree = Linear(3, 4) @ Embed(6, 4)
     weights = [w.requires_grad_() for w in drawn(tree)]
     tree(torch.tensor([1, 4, 4]), weights).square().sum().backward()
     embedding, _ = tree.dualize([w.grad for w in weights])
     assert embedding.square().mean(1).sqrt().tolist() == pytest.approx([0, 0.5, 0, 0, 0.5, 0])
+
+
+@pytest.mark.parametrize("atom, shape", [(Linear(3, 5), (1, 3, 5)), (Conv2D(3, 5, (2, 2)), (4, 3, 5))])
+def test_orthogonalizers_are_given_stacks(atom, shape):
+    shapes = []
+    atom.dualize(normal(atom), lambda x: shapes.append(tuple(x.shape)) or SVD(x))
+    assert shapes == [shape]
 
 
 @every_tree
@@ -302,16 +306,120 @@ def test_finite_differences_never_exceed_the_sensitivity(tree, shape, length):
     assert steepest(lambda x: tree(x, weights), shape, length) <= tree.sensitivity * (1 + 1e-9)
 
 
-ENTRYWISE = [IDENTITY, RELU, TANH, SIGMOID, SILU, GELU, GELU_TANH, mul(-3.0)]
+ENTRYWISE = [
+    nn.Identity(),
+    nn.ReLU(),
+    nn.ReLU6(),
+    nn.Hardtanh(-0.5, 2.0),
+    nn.LeakyReLU(0.3),
+    nn.LeakyReLU(-2.0),
+    nn.ELU(0.5, inplace=True),
+    nn.ELU(2.5),
+    nn.CELU(0.5),
+    nn.CELU(3.0),
+    nn.Softplus(),
+    nn.Softplus(3.0, 25.0),
+    nn.Softsign(),
+    nn.Tanh(),
+    nn.Sigmoid(),
+    nn.SiLU(),
+    nn.GELU(),
+    nn.GELU("tanh"),
+    nn.Dropout(0.5),
+]
 
 
-@pytest.mark.parametrize("bond", ENTRYWISE, ids=lambda bond: bond.name)
-def test_sensitivities_of_entrywise_bonds_are_the_least_possible(bond):
-    steepness = max(steepest(bond.function, (1, 12), (vectors, vectors), seed) for seed in range(3))
-    assert 0.95 * bond.sensitivity < steepness <= bond.sensitivity * (1 + 1e-9)
+@pytest.mark.parametrize("layer", ENTRYWISE, ids=str)
+def test_sensitivities_of_activations_are_their_steepest_slopes(layer):
+    x = torch.linspace(-40, 40, 40001, dtype=torch.float64)
+    bond, expected = modular_tree(layer), layer.eval()(x.clone())
+    y = bond(x, [])
+    torch.testing.assert_close(y, expected)
+    assert x[0] == -40  # nothing is done in place
+    steepest_slope = (y.diff() / x.diff()).abs().max()
+    assert 0.99 * bond.sensitivity < steepest_slope <= bond.sensitivity * (1 + 1e-9)
 
 
-def test_heads_of_one_kind_keep_lengths():
+def ones(*shape):
+    return torch.ones(shape, dtype=torch.float64)
+
+
+# Inputs whose distance from zero grows by as much as the sensitivity says.
+ATTAINED = {
+    "mul": (mul(-3.0), ones(4), (vectors, vectors)),
+    "mean": (mean((-2, -1)), ones(1, 3, 2, 2), (images, vectors)),
+    "flatten": (flatten(), ones(1, 3, 2, 2), (images, vectors)),
+    "merge heads": (MERGE_HEADS, ones(2, 5, 3), (vectors, vectors)),
+    "even heads": (split_heads(2), ones(5, 6), (vectors, vectors)),
+    "average pool": (modular_tree(nn.AvgPool2d(2)), ones(1, 3, 4, 4), (images, images)),
+    "adaptive pool": (modular_tree(nn.AdaptiveAvgPool2d(2)), ones(1, 3, 4, 4), (images, images)),
+    # One channel in each of the pixels of a window.
+    "max pool": (modular_tree(nn.MaxPool2d(2)), torch.eye(4).double().view(1, 4, 2, 2), (images, images)),
+    "wide pool": (modular_tree(nn.MaxPool2d((1, 3))), torch.eye(3).double().view(1, 3, 1, 3), (images, images)),
+}
+
+
+@pytest.mark.parametrize("bond, x, length", ATTAINED.values(), ids=ATTAINED)
+def test_sensitivities_of_bonds_are_attained(bond, x, length):
+    measure, limit = length
+    moved = limit(bond(x, []) - bond(0 * x, []))
+    torch.testing.assert_close(moved / measure(x), torch.tensor(bond.sensitivity, dtype=torch.float64))
+
+
+def longest_head(heads):
+    """The length of vectors by the RMS of their longest head, which is their own where heads share it evenly."""
+    return lambda x: vectors(x.unflatten(-1, (heads, -1)))
+
+
+@pytest.mark.parametrize("heads", [2, 3])
+@pytest.mark.parametrize("steepness", [1, 2])
+def test_attention_keeps_to_its_sensitivity_where_heads_share_evenly(heads, steepness):
+    def part(i):
+        return split_heads(heads) @ Bond(f"part {i}", lambda x: x[i])
+
+    weights = attention_weights(4, steepness / 4) @ Concatenation((part(0), part(1)))
+    tree = MERGE_HEADS @ ATTEND @ Concatenation((weights, part(2)))
+    assert tree.sensitivity == 2 * steepness + 1
+    ratio = steepest(lambda x: tree(x, []), (3, 5, 4 * heads), (longest_head(heads), vectors))
+    assert ratio <= tree.sensitivity * (1 + 1e-9)
+    # Most of it where queries all 1 read keys b and -b, of values 1 and -1: they put out tanh(steepness b).
+    b = 0.5 / steepness
+    signs = torch.tensor([[1, 1], [b, -b], [1, -1]]).unsqueeze(-1) * ones(4 * heads)
+    change = torch.tensor([[1, 1], [1, -1], [1, 1]]).unsqueeze(-1) * ones(4 * heads)
+    moved = vectors(tree(signs + 1e-6 * change, []) - tree(signs, [])) / 1e-6
+    slope = steepness * (1 + b) / math.cosh(0.5) ** 2 + 1
+    assert 0.55 * tree.sensitivity < slope < tree.sensitivity
+    torch.testing.assert_close(moved.item(), slope, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("heads", [2, 3, 8])
+def test_one_head_of_many_lengthens_by_the_root_of_their_number(heads):
+    alone = torch.zeros(5, 4 * heads, dtype=torch.float64)
+    alone[:, :4] = 1
+    split = split_heads(heads)(alone, [])
+    torch.testing.assert_close(vectors(split) / vectors(alone), torch.tensor(heads, dtype=torch.float64).sqrt())
+    assert steepest(split_heads(heads).function, (2, 4 * heads), (vectors, vectors)) <= math.sqrt(heads) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("size", [0.0, 0.5, 1.0])
+def test_behind_a_bias_a_linear_moves_the_output_by_more_than_its_share(size):
+    """By at most 1 + norm(b) times as much, which vectors and steps attain that all point one way."""
+    tree = Linear(4, 4, mass=2.0) @ RELU @ Bias(4, mass=0.5) @ Linear(4, 4)
+    turn, bias = torch.eye(4, dtype=torch.float64), size * ones(4)
+    weights, x = [turn, bias, turn], ones(1, 4)
+    step = [radius * t for radius, t in zip(tree.radii(), (ones(4, 4) / 4, ones(4), ones(4, 4) / 4), strict=True)]
+    assert tree.norm(step).item() == pytest.approx(1.0)
+
+    def moved(step):
+        return vectors(tree(x, [w + 1e-6 * t for w, t in zip(weights, step, strict=True)]) - tree(x, weights)) / 1e-6
+
+    bound = 1 + 2 / 3.5 * size
+    assert moved(step).item() == pytest.approx(bound, rel=1e-5)
+    others = (tree.dualize(normal(tree, seed), SVD) for seed in range(30))
+    assert all(moved(other) <= bound * (1 + 1e-5) for other in others)
+
+
+def test_heads_are_those_of_scaled_dot_product_attention():
     x = torch.randn(3, 5, 8, generator=generator())
     assert split_heads(2)(x, []).shape == (3, 2, 5, 4)
     assert torch.equal((MERGE_HEADS @ split_heads(2))(x, []), x)
@@ -401,8 +509,14 @@ def test_layers_that_are_called_twice_count_twice():
     tree = modular_tree(model)
     torch.testing.assert_close(tree(x, list(model.parameters())), model(x))
     shared = nn.Sequential(turn, bend, turn)
-    with pytest.raises(ValueError, match=r"an atom for '2.weight', which no parameter is called"):
+    with pytest.raises(ValueError, match=r"an atom for '2.weight', .* modular_tree\(layer, prefix\) can give to both"):
         ModularDual(shared.named_parameters(), modular_tree(shared))
+    tree = modular_tree(turn, "0.") @ modular_tree(bend) @ modular_tree(turn, "0.")  # as the message says
+    optimizer = ModularDual(shared.named_parameters(), tree, lr=0.1, orthogonalizer="svd")
+    before = turn.weight.detach().clone()
+    train(shared, optimizer, x, 1)
+    step = (before - turn.weight.detach()) / 0.1
+    assert tree.norm([step, step]).item() == pytest.approx(1.0, rel=1e-4)
 
 
 class Scaled(nn.Sequential):
@@ -410,12 +524,55 @@ class Scaled(nn.Sequential):
         return 2 * super().forward(x)
 
 
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Squared(nn.ReLU):
+    def forward(self, x):
+        return super().forward(x).square()
+
+
+class Standardized(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight / weight.std(), bias)
+
+
+class Named(nn.Linear):
+    """As it is but for its constructor."""
+
+    def __init__(self, width):
+        super().__init__(width, width)
+
+
+def test_subclasses_that_compute_the_same_are_known():
+    assert modular_tree(Named(3)).atoms == modular_tree(nn.Linear(3, 3)).atoms
+    lazy = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match="'0' is a LazyLinear whose parameters have no shape yet; run it on a"):
+        modular_tree(lazy)
+    with pytest.raises(ValueError, match=r"parameter '0.weight' has no shape yet; run the model on a batch first"):
+        ModularDual(lazy.named_parameters(), modular_tree(nn.Linear(5, 3), "0."))
+    lazy(torch.ones(2, 5))
+    assert modular_tree(lazy).atoms == modular_tree(nn.Linear(5, 3), "0.").atoms
+
+
 @pytest.mark.parametrize(
     "model, message",
     [
         (nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Bilinear(2, 2, 2))), "'1.0' is a Bilinear, .* knows no norm"),
         (nn.LSTM(3, 3), "'the model' is a LSTM, .* knows no norm"),
-        (nn.Sequential(Scaled(nn.ReLU())), "'0' is a Scaled with a forward of its own"),
+        (nn.Sequential(nn.BatchNorm2d(3)), "'0' is a BatchNorm2d, .* knows no norm"),
+        (nn.Sequential(nn.Softmax(-1)), "'0' is a Softmax, .* knows no norm"),
+        (nn.Sequential(Scaled(nn.ReLU())), "'0' is a Scaled with a forward of its own, .* modular_tree.register adds"),
+        (nn.Sequential(nn.Sequential(Doubled(3, 3))), "'0.0' is a Doubled with a forward of its own"),
+        (nn.Sequential(Squared()), "'0' is a Squared with a forward of its own"),
+        (Standardized(3, 3, 1), "'the model' is a Standardized with a _conv_forward of its own"),
+        (nn.Sequential(nn.Embedding(5, 3, max_norm=1.0)), "'0' is a Embedding with max_norm, .* knows no norm"),
+        (nn.Sequential(nn.AvgPool2d(2, divisor_override=1)), "'0' is a AvgPool2d with divisor_override"),
+        (nn.Sequential(nn.MaxPool2d(2, return_indices=True)), "'0' is a MaxPool2d with return_indices"),
+        (nn.Sequential(nn.CELU(-1.0)), "'0' is a CELU with an alpha that is not positive"),
+        (nn.Sequential(nn.Softplus(threshold=1.0)), "'0' is a Softplus with a threshold below 20, where it jumps"),
         (nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "'0' is a Conv2d with groups"),
         (nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")), "'0' is a Conv2d with groups or a pad"),
         (nn.Sequential(nn.LayerNorm((3, 3))), "'0' is a LayerNorm over several dimensions"),
@@ -527,9 +684,56 @@ def test_what_needs_no_gradient_or_has_no_mass_stays():
     assert moved == {"4.weight", "4.bias"}
 
 
+@pytest.mark.parametrize("momentum, moves", [(0.9, True), (0.0, False)])
+def test_a_row_that_had_a_gradient_once_keeps_moving_by_its_momentum(momentum, moves):
+    """At full length, as unit rows do not tell how far it has decayed: published so, and nothing of the dual map."""
+    rows = nn.Parameter(torch.zeros(3, 4))
+    optimizer = ModularDual([("w", rows)], Embed(3, 4, name="w"), lr=1.0, momentum=momentum)
+    for step in range(200):
+        before = rows.detach().clone()
+        rows.grad = torch.ones(3, 4)
+        rows.grad[1:] = 0
+        rows.grad[1] = float(step == 0)
+        optimizer.step()
+        lengths = (rows.detach() - before).square().mean(1).sqrt()
+        torch.testing.assert_close(lengths, torch.tensor([1.0, float(moves or step == 0), 0.0]))
+
+
+def test_weight_decay_leaves_atoms_of_mass_zero_alone():
+    model = perceptron()
+    tree = modular_tree(model[4], "4.") @ modular_tree(model[:4]).scaled(0.0)
+    optimizer = ModularDual(model.named_parameters(), tree, lr=0.1, weight_decay=0.5)
+    before = copy.deepcopy(model.state_dict())
+    train(model, optimizer, MODELS["perceptron"][1], 3)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"4.weight", "4.bias"}
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    with pytest.raises(ValueError, match=r"weight_decay must be 0 for .* blocks of mass 0, .* not 0\.5"):
+        optimizer.step()
+    blocks = Linear(4, 4, name="w[0]") + Linear(4, 4, name="w[1]", mass=0.0)
+    fused = [("w", nn.Parameter(torch.ones(8, 4)))]
+    ModularDual(fused, blocks)
+    with pytest.raises(ValueError, match=r"weight_decay must be 0 for .* blocks of mass 0, .* not 0\.1"):
+        ModularDual(fused, blocks, weight_decay=0.1)
+
+
+def test_what_is_no_list_of_names_or_no_tree_is_refused():
+    model = perceptron()
+    with pytest.raises(ValueError, match=r"must be pairs \(name, parameter\), not Parameter; give it model.named"):
+        ModularDual(model.parameters(), modular_tree(model))
+    with pytest.raises(ValueError, match=r"tree must be what modular_tree\(model\) returns, not 'Sequential'"):
+        ModularDual(model.named_parameters(), tree=model)
+
+
+def test_decay_that_would_change_signs_is_refused():
+    with pytest.raises(ValueError, match=r"lr \* weight_decay must be at most 1, .* not 1.5"):
+        build(lr=3.0, weight_decay=0.5)
+
+
 @pytest.mark.parametrize(
     "tree, message",
     [
+        (Linear(2, 3, name="0.weight[1]") + Linear(2, 3, name="0.weight[2]"), r"blocks \[1, 2\] of '0.weight'; number"),
         (Bias(3, name="0.bias"), r"no atom for parameter '0.weight' of shape \(3, 2\)"),
         (Linear(2, 3, name="0.weight"), r"'0.weight' has shape \(3, 2\), and in the tree \(2, 3\)"),
         (Bias(3, name="0.bias") @ Linear(3, 2), "has no name"),

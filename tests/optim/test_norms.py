@@ -110,6 +110,25 @@ def test_rows_and_columns_without_gradient_stay_zero():
     assert torch.equal(columns.norm(dim=0) > 0, torch.tensor([True, True, False, True]))
 
 
+@pytest.mark.parametrize("name", ["spectral", "spectral_per_tap", "spectral_image"])
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+def test_orthogonalizers_get_three_dimensions(name, batch):
+    seen = []
+    grads = normal(*batch, 3, 8)
+    duals = NORMS[name].dualize(grads, lambda x: seen.append(x.ndim) or SVD(x), 4)
+    assert seen == [3] and duals.shape == grads.shape
+    each = [NORMS[name].dualize(grad, SVD, 4) for grad in grads.reshape(-1, 3, 8)]
+    torch.testing.assert_close(duals.reshape(-1, 3, 8), torch.stack(each))
+
+
+def test_rows_count_however_small_they_are():
+    grads = normal(3, 4)
+    for name in ("embedding", "rows"):
+        faded = NORMS[name].dualize(grads * torch.tensor([[1.0], [1e-30], [0.0]], dtype=torch.float64), SVD)
+        torch.testing.assert_close(faded[:2], NORMS[name].dualize(grads, SVD)[:2])
+        assert not faded[2].any()
+
+
 # ---- units ----------------------------------------------------------------------------------------------------------
 
 

@@ -104,6 +104,40 @@ def test_each_block_has_its_radius():
     torch.testing.assert_close(fused.detach(), torch.cat(parts).detach(), rtol=0, atol=1e-6)
 
 
+def test_a_kernel_of_one_tap_is_a_linear_layer():
+    """Its steps are longer by the root of the taps."""
+    kernel, flat = parameters([(4, 3, 2, 2), (4, 3, 2, 2)])
+    flat.data.copy_(kernel.data)
+    set_gradients([kernel])
+    flat.grad, before = kernel.grad.clone(), kernel.detach().clone()
+    options = {"weight_decay": 0.0, "tensors": "flatten", "orthogonalizer": "svd"}
+    Scion([kernel], 1.0, taps=4, **options).step()
+    Scion([flat], 1.0, **options).step()
+    torch.testing.assert_close(before - flat.detach(), 2 * (before - kernel.detach()))
+    matrix = math.sqrt(4 / 12) * polar(kernel.grad.flatten(1))
+    torch.testing.assert_close((before - flat.detach()).flatten(1), matrix)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"lr": 3.0}, r"lr \* weight_decay must be at most 1, beyond which weights change sign, not 3.0"),
+        ({"norm": "nope"}, "norm must be one of spectral, .* not 'nope'"),
+        ({"radius": (1.0, 2.0)}, r"radius must be .*, or one for each block, not \(1.0, 2.0\)"),
+    ],
+)
+def test_options_that_are_set_later_are_checked_too(change, message):
+    (p,) = parameters([(6, 4)])
+    scion = Scion([p], 1.0)  # the longest that keeps signs
+    set_gradients([p])
+    scion.step()
+    before = p.detach().clone()
+    scion.param_groups[0].update(change)
+    with pytest.raises(ValueError, match=message):
+        scion.step()
+    assert torch.equal(p.detach(), before)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -111,6 +145,7 @@ def test_each_block_has_its_radius():
         ({"radius": -1.0}, "radius must be a number of at least 0, or one for each block, not -1.0"),
         ({"radius": (1.0, 2.0)}, r"radius must be .* not \(1.0, 2.0\)"),
         ({"radius": "big"}, "radius must be .* not 'big'"),
+        ({"lr": 3.0}, r"lr \* weight_decay must be at most 1, beyond which weights change sign, not 3.0"),
         ({"momentum": 1.0}, "momentum must be at least 0 and below 1, not 1.0"),
         ({"taps": 0}, "taps must be a whole number of at least 1, not 0"),
         ({"taps": 5}, "taps must be the size of the kernel, which divides 4, not 5"),

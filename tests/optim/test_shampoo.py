@@ -185,8 +185,17 @@ def test_a_side_above_max_dim_leaves_the_other_with_power_one_half(power):
         torch.testing.assert_close(transposed[t - 1], expected.T, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("m, n", [(6, 4), (3, 12)])
-def test_size_of_the_state(m, n):
+@pytest.mark.parametrize(
+    "m, n, blocks_of_three, blocks_of_two",
+    [
+        (6, 4, 2 * 2 * (9 + 4), 3 * 2 * (4 + 4)),
+        (3, 12, 4 * (9 + 9), 2 * 6 * (4 + 4)),
+        (7, 5, 3 * 2 * (9 + 9), 4 * 3 * (4 + 4)),
+    ],
+)
+def test_size_of_the_state(m, n, blocks_of_three, blocks_of_two):
+    """Sides are cut into the fewest equal parts, so that one of 4 has two blocks of 2 where 3 is the most."""
+
     def elements(**options):
         p = nn.Parameter(torch.zeros(m, n))
         return sum(x.numel() for x in Shampoo([p], **options).state[p].values()) - 2  # without the counts
@@ -194,8 +203,8 @@ def test_size_of_the_state(m, n):
     factors = 2 * m * m + 2 * n * n
     assert elements() == factors + 2 * m * n
     assert elements(grafting="sgd") == elements(grafting="none") == factors + m * n
-    assert elements(block_size=3) == 4 * 3 * 3 * (m // 3) * math.ceil(n / 3) + 2 * m * n if n % 3 == 0 else True
-    assert elements(block_size=2) == 4 * 2 * 2 * math.ceil(m / 2) * (n // 2) + 2 * m * n if m % 2 == 0 else True
+    assert elements(block_size=3) == 2 * blocks_of_three + 2 * m * n  # statistic and root of each
+    assert elements(block_size=2) == 2 * blocks_of_two + 2 * m * n
     assert elements(max_dim=max(m, n) - 1) == 2 * min(m, n) ** 2 + 2 * m * n
 
 
@@ -313,6 +322,21 @@ def test_bfloat16_preconditioners_point_nearly_the_same_way(method):
     assert half.state[params[0]]["failures"] == 0
 
 
+@pytest.mark.parametrize("edit", [{"block_size": 2}, {"max_dim": 5}, {"grafting": "none"}], ids=str)
+def test_what_the_state_is_laid_out_by_is_neither_edited_nor_loaded(edit):
+    [(option, value)] = edit.items()
+    params, copies = parameters([(4, 6)]), parameters([(4, 6)])
+    optimizer, other = Shampoo(params), Shampoo(copies, **edit)
+    run(optimizer, params, range(2))
+    with pytest.raises(ValueError, match=rf"the state dict has {option}=\w+ for 0 where this optimizer has {option}="):
+        other.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0].update(edit)
+    before = clones(params)
+    with pytest.raises(ValueError, match=f"{option} was edited from .* to {value!r}, .*; build another optimizer"):
+        run(optimizer, params, range(2, 3))
+    assert torch.equal(params[0], before[0])
+
+
 def test_products_never_wait_for_the_device():
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in [(6, 4), (6, 4), (4, 8)]]
     for p in params:
@@ -356,6 +380,14 @@ def test_solves_an_ill_conditioned_least_squares_problem():
         ({"eps": -1.0}, "eps must be a number of at least 0, not -1.0"),
         ({"precondition_frequency": 0}, "precondition_frequency must be a whole number of at least 1, not 0"),
         ({"block_size": 0}, "block_size must be a whole number of at least 1, not 0"),
+        (
+            {"statistics": "sum", "preconditioner_dtype": torch.bfloat16},
+            "statistics must be ema in bfloat16.* not 'sum'",
+        ),
+        ({"statistics": "sum", "state_dtype": torch.bfloat16}, "statistics must be ema in bfloat16.* not 'sum'"),
+        ({"betas": (0.9, 0.99), "preconditioner_dtype": torch.bfloat16}, r"betas\[1\] must be below 0.99 .* not 0.99"),
+        ({"betas": (0.99, 0.9), "state_dtype": torch.bfloat16}, "each of betas must be below 0.99 .* not 0.99"),
+        ({"preconditioner_dtype": torch.float16}, "preconditioner_dtype must be .* bfloat16, .* not torch.float16"),
         ({"max_dim": 1.5}, "max_dim must be a whole number of at least 0, not 1.5"),
         ({"preconditioner_dtype": torch.int8}, "preconditioner_dtype must be .* not torch.int8"),
     ],

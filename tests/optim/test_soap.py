@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from optim import orthogonalizer
+from optim import KLSOAP, KLShampoo, eigenbasis, orthogonalizer
+from optim.eigenbasis import Eigenbasis, Refresh
 from optim.soap import SOAP
 
 from .test_muon import parameters, set_gradients
@@ -46,7 +48,36 @@ def first_bases(optimizer_class, grads, **options):
     return bases
 
 
-def by_the_paper(grads, q, beta1, beta2, eps, frequency, before=False, max_dim=99, correct_bias=True):
+def refreshed(s, q, *moving, method="qr", transport="permute", index=None):
+    """The new basis of a covariance s and what else moves with its vectors, by rows.
+
+    As published, by descending diag(Q^T S Q); of vectors `index` alone, each new one in its place, if given.
+    """
+    p = q.T @ s @ q
+    if index is None:
+        order = p.diagonal().argsort(descending=True)
+        new = torch.linalg.qr(s @ q[:, order]).Q if method == "qr" else torch.linalg.eigh(s).eigenvectors.flip(1)
+    else:
+        order, new = torch.arange(len(q)), q.clone()
+        ranked = index[p.diagonal()[index].argsort(descending=True)]
+        block = p[ranked][:, ranked]
+        turn = torch.linalg.qr(block).Q if method == "qr" else torch.linalg.eigh(block).eigenvectors.flip(1)
+        new[:, ranked] = q[:, ranked] @ turn
+    rotation = q.T @ new
+    return new, *(rotation.T**2 @ x if transport == "squared" else x[order] for x in moving)
+
+
+def part_of(size, step, frequency, fraction):
+    """Which vectors the code says to turn, None for all."""
+    if fraction == 1:
+        return None
+    factor = Eigenbasis(torch.zeros(1, size, size), torch.zeros(1, size, size), "P")
+    return Refresh("qr", fraction).index(factor, step // frequency)[0]
+
+
+def by_the_paper(
+    grads, q, beta1, beta2, eps, frequency, before=False, max_dim=99, correct_bias=True, fraction=1, **how
+):
     """SOAP as published, from the first bases q on; with `before`, statistics and bases take the gradient first."""
     m, n = grads.shape[1:]
     sides = [i for i, size in enumerate((m, n)) if size <= max_dim]
@@ -60,9 +91,9 @@ def by_the_paper(grads, q, beta1, beta2, eps, frequency, before=False, max_dim=9
         for i, outer in ((0, g @ g.T), (1, g.T @ g)):
             s[i] = beta2 * s[i] + (1 - beta2) * outer
         for i in sides if step and step % frequency == 0 else []:
-            order = (q[i].T @ s[i] @ q[i]).diagonal().argsort(descending=True)
-            q[i] = torch.linalg.qr(s[i] @ q[i][:, order]).Q
-            second = second.index_select(i, order)
+            index = part_of(len(q[i]), step, frequency, fraction)
+            q[i], moved = refreshed(s[i], q[i], second if i == 0 else second.T, index=index, **how)
+            second = moved if i == 0 else moved.T
         first = q[0].T @ original @ q[1]
 
     for step, g in enumerate(grads):
@@ -95,6 +126,32 @@ def test_equals_the_paper_step_by_step(shape, storage, correct_bias):
     expected = torch.stack(list(reference))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
     assert optimizer.param_groups[0]["step"] == 20
+
+
+REFRESHES = [
+    {"transport": "squared"},
+    {"method": "eigh"},
+    {"method": "eigh", "transport": "squared"},
+    {"fraction": 0.5},
+    {"fraction": 0.5, "method": "eigh"},
+    {"fraction": 0.5, "transport": "squared"},
+]
+
+
+def named(refresh):
+    """Options of the optimizer for those of the references."""
+    names = {"method": "refresh", "fraction": "subspace_fraction"}
+    return {names.get(key, key): value for key, value in refresh.items()}
+
+
+@pytest.mark.parametrize("storage", ["S", "P"])
+@pytest.mark.parametrize("shape", [(6, 6), (5, 9)])
+@pytest.mark.parametrize("refresh", REFRESHES, ids=lambda refresh: "-".join(map(str, refresh.values())))
+def test_other_refreshes_and_transports_equal_their_definitions(refresh, shape, storage):
+    grads = gradients(shape, 20)
+    found, _ = directions(SOAP, grads, storage=storage, precondition_frequency=3, **named(refresh))
+    reference = by_the_paper(grads, first_bases(SOAP, grads), 0.95, 0.95, 1e-8, 3, **refresh)
+    torch.testing.assert_close(found, torch.stack(list(reference)), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("storage", ["S", "P"])
@@ -273,6 +330,84 @@ def test_state_is_as_large_as_it_should_be(m, n, max_dim):
     assert size(storage="P", state_dtype=torch.bfloat16) == (elements, 2 * elements)
 
 
+# ---- precision, drift and failures, as a whole optimizer has them ---------------------------------------------------
+
+
+class Precisions(TorchDispatchMode):
+    """To which precision float32 products may be rounded at each product that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm, torch.ops.aten.linalg_qr):
+            self.seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("statistics", ["after", "before"])
+@pytest.mark.parametrize("optimizer_class", [SOAP, KLSOAP, KLShampoo])
+def test_only_the_direction_may_be_rounded_on_its_way_back(optimizer_class, statistics):
+    """Two products in a step, as the user asks; all that enters statistics and bases is in full float32."""
+    (p,) = parameters([(4, 6)])
+    optimizer = optimizer_class([p], precondition_frequency=1, statistics=statistics)
+    set_gradients([p])
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        for _ in range(2):
+            with Precisions() as precisions:
+                optimizer.step()
+            assert precisions.seen.count("tf32") == 2
+            assert precisions.seen.count("ieee") == len(precisions.seen) - 2 >= 4
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+def test_bfloat16_bases_stay_orthonormal_for_the_polish(fraction):
+    drift = {}
+    for interval in (0, 10):
+        options = {"storage": "P", "precondition_frequency": 1, "preconditioner_dtype": torch.bfloat16}
+        options |= {"polish_interval": interval, "subspace_fraction": fraction}
+        grads = gradients((8, 12), round(60 / fraction))
+        _, optimizer = directions(SOAP, grads, **options)
+        (state,) = optimizer.state.values()
+        q = state["left_basis"].double()
+        drift[interval] = (q.T @ q - torch.eye(8)).abs().max().item()
+    assert drift[10] < 0.5 * drift[0]
+
+
+@pytest.mark.parametrize("storage", ["S", "P"])
+def test_a_basis_that_cannot_be_refreshed_stays_and_is_counted(storage, monkeypatch):
+    """Of one matrix of two, in one refresh, on one side, and the other side waits with it; the next one is made."""
+    params = parameters([(4, 6)] * 2)
+    optimizer = SOAP(params, lr=0.1, storage=storage, precondition_frequency=1)
+    for step in range(2):
+        set_gradients(params, step=step)
+        optimizer.step()
+    qr = eigenbasis.REFRESHES["qr"]
+
+    def failing(p):
+        return torch.cat([torch.full_like(p[:1], float("nan")), qr(p)[1:]])
+
+    before = [{key: value.clone() for key, value in optimizer.state[p].items()} for p in params]
+    with monkeypatch.context() as patch:
+        patch.setitem(eigenbasis.REFRESHES, "qr", failing)
+        set_gradients(params, step=2)
+        optimizer.step()
+    broken, sound = (optimizer.state[p] for p in params)
+    assert (broken["failures"], broken["refreshes"]) == (1, 2)
+    assert (sound["failures"], sound["refreshes"]) == (0, 3)
+    for side in ("left", "right"):
+        assert torch.equal(broken[f"{side}_basis"], before[0][f"{side}_basis"])
+        assert not torch.equal(sound[f"{side}_basis"], before[1][f"{side}_basis"])
+    optimizer.step()
+    assert (broken["failures"], broken["refreshes"]) == (1, 3)
+    assert not torch.equal(broken["left_basis"], before[0]["left_basis"])
+
+
 # ---- gradients that are missing, zero, broken, of rank one ----------------------------------------------------------
 
 ROBUST = [
@@ -319,6 +454,24 @@ def test_broken_gradient_leaves_its_matrix_alone_and_is_counted(bad):
     assert torch.equal(params[0], weights[0]) and not torch.equal(params[1], weights[1])
     assert [key for key in before if not torch.equal(before[key], after[key])] == ["failures"]
     assert after["failures"] == 1
+
+
+def test_a_matrix_that_takes_no_part_stays_where_it_is():
+    """Before it has a basis and when its gradient is broken, even if its moments then give no number: 0 / 0, say."""
+
+    class Careless(SOAP):
+        def rescale(self, x, bases, state, active, group):
+            return super().rescale(x, bases, state, active, group).where(active.view(-1, 1, 1), float("nan"))
+
+    params = parameters([(4, 6)] * 2)
+    optimizer = Careless(params, lr=0.1, weight_decay=0.0)
+    set_gradients(params)
+    before = [p.detach().clone() for p in params]
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    params[1].grad.fill_(float("inf"))
+    optimizer.step()
+    assert params[0].isfinite().all() and torch.equal(params[1], before[1])
 
 
 def test_gradients_of_rank_one():

@@ -1,5 +1,6 @@
 """The benchmark of refreshes: what is timed is what is named, bytes are the formulas', measures have closed forms."""
 
+import inspect
 import sys
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from optim import KLSOAP, SOAP, KLShampoo
 from optim.eigenbasis import Refresh
+from optim.kronecker import KroneckerOptimizer
 from scripts import bench_refresh as bench
 from scripts.bench_orthogonalizers import MODELS
 from scripts.bench_refresh import STORAGES, Drift, Seconds
@@ -26,6 +28,16 @@ def test_bf16_preconditioners_take_half_the_bytes(optimizer_class):
     for half in halves:
         assert 2 * factors(half) == factors(whole)
         assert half["momentum"] == whole["momentum"] == sum(4 * m * n for m, n in matrices)
+
+
+def test_polish_is_shared_by_the_refreshes_between_two():
+    """Ten full ones, forty of a quarter."""
+    names = "full QR, bf16 P", "QR of 0.25 n, partition, bf16 P"
+    times = {names[0]: Seconds(5, 3), names[1]: Seconds(2, 1), bench.POLISH: Seconds(40, 20)}
+    expected = [Seconds(9, 5), Seconds(3, 1.5)]
+    assert bench.polished(times, 0.25) == {f"{name}, with polish": e for name, e in zip(names, expected, strict=True)}
+    default = inspect.signature(KroneckerOptimizer).parameters["polish_interval"].default
+    assert default == bench.POLISH_INTERVAL
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -54,6 +66,8 @@ def test_measures_of_diagonality():
     assert bench.off_diagonal(p) == pytest.approx((2 / 19) ** 0.5)
     assert bench.correlation(p) == pytest.approx(0.5)
     assert bench.off_diagonal(p.diagonal().diag()) == bench.correlation(p.diagonal().diag()) == 0
+    p[1, 1] = 0
+    assert bench.correlation(p) == pytest.approx(1 / (4 * torch.finfo(torch.float32).eps ** 0.5))
 
 
 def test_gradients_have_the_covariance_they_come_with():
@@ -86,13 +100,14 @@ def test_tables_are_printed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench_refresh", "--sizes", "8", "12", "--rounds", "1"])
     bench.main()
     printed = capsys.readouterr().out
-    assert printed.count(bench.FULL) == printed.count("QR of 0.25 n, greedy") == 2
+    assert printed.count(bench.FULL) == printed.count("QR of 0.25 n, greedy, fp32 S") == 2
+    assert printed.count("QR of 0.25 n, partition, bf16 P, with polish") == printed.count(bench.POLISH) == 2
     assert "| KLShampoo   | bf16 P    |" in printed
     monkeypatch.setattr(bench, "track", lambda *_: (torch.arange(400.0), torch.ones(400)))
     monkeypatch.setattr(sys, "argv", ["bench_refresh", "--tracking", "--seeds", "2"])
     bench.main()
     quarters = "| 49.500         | 149.500        | 249.500        | 349.500        | 0.000   | 1.000"
-    assert capsys.readouterr().out.count(quarters) == 3 * len(bench.tracked(0.25))
+    assert capsys.readouterr().out.count(quarters) == len(bench.CASES) * len(bench.tracked(0.25))
 
 
 def test_nothing_to_measure_is_refused(monkeypatch, capsys):

@@ -245,6 +245,7 @@ def test_the_sweeps_that_come_along_can_be_read(path):
         "steps": 42,
         "gpu_hour": 60,
         "optimizers": 36,
+        "optimizers_seeds": 10,
         "bf16_arms": 56,
         "bf16_arms_seeds": 36,
         "transfer_width": 60,

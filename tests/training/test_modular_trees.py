@@ -1,5 +1,7 @@
 """The trees of the models in model/: they compute what the models do, and their radii keep to the recipe."""
 
+import math
+
 import pytest
 import torch
 
@@ -12,6 +14,16 @@ from tests.optim.test_modular import steepest, vectors
 
 def gpt2(**sizes):
     return GPT2(GPT2Config(**{"vocab_size": 31, "context": 8, "layers": 2, "heads": 2, "width": 16, **sizes}))
+
+
+def test_the_published_head_starts_far_outside_of_the_unit_ball():
+    """Rows are 0.02 chi long, where chi is about N(sqrt(width), 1/2), and the longest of 512 is 3.03 deviations out."""
+    for width, measured in ((64, 1.6), (128, 3.0)):
+        model = gpt2(vocab_size=512, width=width)
+        head = modular_tree(model).atoms[-1]
+        norm = head.length(model.wte.weight.detach()).item()
+        assert norm == pytest.approx(measured, abs=0.05)
+        assert norm == pytest.approx(0.02 * math.sqrt(width) * (math.sqrt(width) + 3.03 / math.sqrt(2)), rel=0.03)
 
 
 def tokens(seed=0, length=8):

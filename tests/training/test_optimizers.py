@@ -72,7 +72,10 @@ def built(config):
         name: [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         for name, optimizer in optimizers.items()
     }
-    return repr((groups, [repr(getattr(optimizer, "orthogonalizer", None)) for optimizer in optimizers.values()]))
+    dtypes = [part.dtype for optimizer in optimizers.values() for s in optimizer.state.values() for part in s.values()]
+    return repr(
+        (groups, dtypes, [repr(getattr(optimizer, "orthogonalizer", None)) for optimizer in optimizers.values()])
+    )
 
 
 def test_every_optimizer_says_what_it_reads():
@@ -91,6 +94,47 @@ def test_exactly_the_keys_that_are_read_make_another_optimizer(name, orthogonali
     for key, value in CHANGES.items():
         differs = built(config(**{key: value})) != before
         assert differs == reads(f"optim.{key.replace('__', '.')}"), key
+
+
+SOAP_CHANGES = {
+    "betas": (0.5, 0.5),
+    "shampoo_beta": 0.5,
+    "eps": 1e-6,
+    "orthogonalize": True,
+    "storage": "S",
+    "preconditioner_dtype": "bf16",
+    "precondition_frequency": 3,
+    "refresh": "eigh",
+    "subspace_fraction": 0.5,
+    "subspace_rule": "greedy",
+    "polish_interval": 3,
+    "transport": "squared",
+    "statistics": "before",
+    "first_step": "take",
+    "eigenvalues": "diagonal",
+    "max_dim": 20,
+}
+
+
+@pytest.mark.parametrize("key", [*SOAP_CHANGES, "bias_correction"])
+@pytest.mark.parametrize("name", ["soap", "kl_soap", "kl_shampoo"])
+def test_keys_that_only_relatives_read_are_refused(name, key):
+    """And all others make another optimizer."""
+    value = SOAP_CHANGES.get(key, name != "soap")  # of bias_correction null is true in soap and false in kl_soap
+    config = optim(name, soap__storage="P")
+    before = built(config)
+    setattr(config.soap, key, value)
+    if keys_read(settings(Config(optim=config)))(f"optim.soap.{key}"):
+        assert built(config) != before
+    else:
+        with pytest.raises(ConfigError, match=rf"^optim.soap.{key}={value} goes with \w+ and \w+, not with {name}$"):
+            build_optimizers(gpt2(), config)
+
+
+@pytest.mark.parametrize("name", ["soap", "kl_soap", "kl_shampoo"])
+def test_random_partitions_are_those_of_the_runs_seed(name):
+    optimizers = build_optimizers(gpt2(), optim(name), seed=7)
+    assert {group["seed"] for group in optimizers[name].param_groups} == {7}
 
 
 def test_soap_reads_the_orthogonalizer_if_it_orthogonalizes():
@@ -177,6 +221,39 @@ def test_what_updates_the_whole_model_is_told(name):
     told = conventions(config)
     assert "adamw_shares_lr" not in told
     assert {"optimizer": name, "weight_decay": 0.0, **asdict(getattr(config, name))}.items() <= told.items()
+
+
+@pytest.mark.parametrize(
+    "name, betas, correction",
+    [("soap", (0.95, 0.95), True), ("kl_soap", (0.9, 0.98), False), ("kl_shampoo", (0.9, 0.98), None)],
+)
+def test_what_decides_the_result_of_soap_and_its_relatives_is_told(name, betas, correction):
+    """Nulls as what they stand for, in the optimizer that is built."""
+    config = optim(name, soap__storage="P", soap__first_step="take", matrix__shape_scale="none")
+    told = conventions(config)
+    expected = {"optimizer": name, "storage": "P", "first_step": "take", "statistics": "after", "refresh": "qr"}
+    expected |= {"betas": betas, "shampoo_beta": betas[1], "preconditioner_dtype": "fp32", "shape_scale": "none"}
+    assert expected.items() <= told.items() and told.get("bias_correction") == correction
+    assert ("eigenvalues" in told) == (name != "soap") and "orthogonalizer" not in told
+    [group] = [g for g in build_optimizers(gpt2(), config)[name].param_groups if g["blocks"] == 1]
+    assert all(group[key] == told[key] for key in ("betas", "eps", "statistics", "transport", "max_dim"))
+    assert conventions(optim(name, soap__shampoo_beta=0.5))["shampoo_beta"] == 0.5
+
+
+def test_the_orthogonalizer_of_soap_muon_is_told():
+    told = conventions(optim("soap", soap__orthogonalize=True, matrix__orthogonalizer="jordan"))
+    assert told["orthogonalizer"] == "jordan" and "jordan" in told["iteration"]
+
+
+@pytest.mark.parametrize("name", ["shampoo", "jorge"])
+def test_the_sections_of_other_optimizers_are_told(name):
+    config = optim(name)
+    assert asdict(getattr(config, name)).items() <= conventions(config).items()
+
+
+def test_what_has_a_momentum_tells_it():
+    assert conventions(optim("sgd"))["momentum"] == "sum 0.95 nesterov"
+    assert conventions(optim("jorge"))["momentum"] == "ema 0.95"
 
 
 def trained(name):
