@@ -4,15 +4,17 @@
 
 Runs of a sweep share the machine with each other and with whatever else it does, so their seconds compare little. Here
 each method trains for a round of ROUND steps, which has all that its optimizer does only now and then, then the next
-method, and so on; the first round does not count. With `--step-times step_times.csv` the report of the sweep takes
-steps to have lasted so long. OMP_NUM_THREADS chooses the threads.
+method, and so on; the first round does not count. The gradient of one model and batch is the same work with every
+method, so its time is taken over all of them; an update's is its own. With `--step-times step_times.csv` the report of
+the sweep takes steps to have lasted so long. OMP_NUM_THREADS chooses the threads.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -48,6 +50,11 @@ class Learner:
     optimizers: dict[str, torch.optim.Optimizer]
     gradients: list[Seconds] = field(default_factory=list)
     updates: list[Seconds] = field(default_factory=list)
+
+    @property
+    def work(self) -> tuple:
+        """What the time of a gradient depends on."""
+        return repr(self.config.model), self.text.train.micro_batch, self.config.train.batch_tokens
 
     def step(self, step: int, rt: Runtime) -> None:
         train, clip = self.config.train, self.config.optim.grad_clip
@@ -91,27 +98,32 @@ def train(configs: Sequence[Config], rounds: int, rt: Runtime) -> list[Cost]:
         for each in learners.values():
             for step in range(i * ROUND, (i + 1) * ROUND):
                 each.step(step, rt)
-    return sorted((cost(name, each) for name, each in learners.items()), key=lambda found: found.step_cpu)
+    return costs(learners)
 
 
-def cost(name: str, found: Learner) -> Cost:
-    both = zip(found.gradients, found.updates, strict=True)
-    whole = per_step([Seconds(*map(sum, zip(*pair, strict=True))) for pair in both])
-    return Cost(name, per_step(found.gradients).cpu, per_step(found.updates).cpu, whole.cpu, whole.wall)
+def costs(learners: Mapping[str, Learner]) -> list[Cost]:
+    alike = defaultdict(list)
+    for each in learners.values():
+        alike[each.work] += per_step(each.gradients)
+    found = []
+    for name, each in learners.items():
+        gradient, update = median(alike[each.work]), median(per_step(each.updates))
+        found.append(Cost(name, gradient.cpu, update.cpu, gradient.cpu + update.cpu, gradient.wall + update.wall))
+    return sorted(found, key=lambda cost: cost.step_cpu)
 
 
-def per_step(times: Sequence[Seconds]) -> Seconds:
-    """The median, over the rounds but the first, of the mean of a round."""
+def per_step(times: Sequence[Seconds]) -> list[Seconds]:
+    """The mean of each round but the first."""
     rounds = [times[start : start + ROUND] for start in range(ROUND, len(times), ROUND)]
-    return median([Seconds(*map(fmean, zip(*one, strict=True))) for one in rounds])
+    return [Seconds(*map(fmean, zip(*one, strict=True))) for one in rounds]
 
 
-def table(costs: Sequence[Cost]) -> str:
+def table(found: Sequence[Cost]) -> str:
     """In milliseconds, and relative to the quickest."""
-    cpu, wall = min(found.step_cpu for found in costs), min(found.step_wall for found in costs)
+    cpu, wall = min(cost.step_cpu for cost in found), min(cost.step_wall for cost in found)
     rows = [
         (name, *(f"{1000 * value:.1f}" for value in values), f"{values[2] / cpu:.2f}", f"{values[3] / wall:.2f}")
-        for name, *values in costs
+        for name, *values in found
     ]
     headers = ("method", "gradient, CPU ms", "update, CPU ms", "step, CPU ms", "wall ms", "CPU / least", "wall / least")
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
@@ -131,15 +143,15 @@ def main() -> None:
         configs = list({point.config.wandb.job_type: point.config for point in reversed(points)}.values())[::-1]
         with runtime.start(configs[0].train) as rt:
             print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-            costs = train(configs, args.rounds, rt)
+            found = train(configs, args.rounds, rt)
     except (ConfigError, DataError) as error:
         parser.error(str(error))
-    print(table(costs))
+    print(table(found))
     if args.out:
         with args.out.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(Cost._fields)
-            writer.writerows((name, *(f"{value:.6f}" for value in values)) for name, *values in costs)
+            writer.writerows((name, *(f"{value:.6f}" for value in values)) for name, *values in found)
 
 
 if __name__ == "__main__":

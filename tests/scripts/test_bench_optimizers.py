@@ -33,7 +33,20 @@ def test_a_step_is_the_mean_of_a_round_and_the_first_round_does_not_count():
     """A refresh in each round adds its share to each step; a start of a hundred and one slow round do not."""
     times = [Seconds(100, 100)] * bench.ROUND + [Seconds(11, 21) if i % 20 == 3 else Seconds(1, 1) for i in range(60)]
     times[-1] = Seconds(1000, 1)
-    assert bench.per_step(times) == (1.5, 2.0)
+    assert bench.per_step(times)[:2] == [(1.5, 2.0), (1.5, 2.0)] and bench.median(bench.per_step(times)) == (1.5, 2.0)
+
+
+def test_the_gradient_of_one_model_is_timed_over_all_methods_that_share_it(monkeypatch):
+    def learner(work, gradient, update):
+        each = bench.Learner(None, None, None, {})
+        each.gradients, each.updates = ([Seconds(t, t)] * 2 * bench.ROUND for t in (gradient, update))
+        monkeypatch.setattr(bench.Learner, "work", property(lambda self: works[id(self)]))
+        works[id(each)] = work
+        return each
+
+    works = {}
+    learners = {"a": learner(1, 3.0, 0.5), "b": learner(1, 5.0, 0.25), "c": learner(2, 1.0, 1.0)}
+    assert [(cost.method, cost.step_wall) for cost in bench.costs(learners)] == [("c", 2.0), ("b", 4.25), ("a", 4.5)]
 
 
 def test_every_method_is_timed_in_turns(sweep, tiny, monkeypatch, tmp_path, capsys):
