@@ -197,7 +197,7 @@ def test_main_writes_every_run(data, tmp_path, monkeypatch, capsys):
         name: list(csv.DictReader((tmp_path / f"{name}.csv").open())) for name in ("trials", "curves", "iterations")
     }
     parts = [row["part"] for row in rows["trials"]]
-    assert parts == ["validation"] * (5 * 2 * 2) + ["test"] * (6 * 2)
+    assert parts == ["validation"] * (5 * 2 * len(TUNING_SEEDS)) + ["test"] * (6 * 2)
     assert {row["method"] for row in rows["trials"] if row["part"] == "test"} == set(BUILDS)
     lasts = [row["error"] for row in rows["curves"] if row["epoch"] == "4"]
     assert len(rows["curves"]) == 6 * 2 * 4 and lasts == [row["error"] for row in rows["trials"][-12:]]

@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 LRS = (0.01, 0.02, 0.04, 0.08)
 LOSSES = {  # by method and width; None diverged
-    ("jordan", 64): (3.3, 3.0, 3.1, 4.6),
+    ("jordan", 64): (3.09, 3.0, 3.03, 4.6),
     ("jordan", 128): (3.0, 2.9, 2.7, None),
     ("jordan", 512): (2.8, 2.7, 2.6, 2.5),
     ("svd", 64): (None, 3.2, 3.0, 3.3),
@@ -44,17 +44,17 @@ def vertex(lr, left, middle, right):
 def test_the_table_against_values_by_hand(tmp_path):
     make(tmp_path)
     assert table(found(tmp_path), "model.width").rows == [
-        ("muon jordan", "64", "0.02", "3.0000", f"{vertex(0.02, 3.3, 3.0, 3.1):.3g}", "+0", "+0.0000"),
+        ("muon jordan", "64", "0.02", "3.0000", f"{vertex(0.02, 3.09, 3.0, 3.03):.3g}", "+0", "+0.0000"),
         ("muon jordan", "128", "0.04", "2.7000", "", "+1", "+0.2000"),
         ("muon jordan", "512", "0.08 (edge of the grid)", "2.5000", "", "+2", "+0.2000"),
-        ("muon svd", "64", "0.04", "3.0000", f"{vertex(0.04, 3.2, 3.0, 3.3):.3g}", "+0", "+0.0000"),
+        ("muon svd", "64", "0.04", "3.0000", "", "+0", "+0.0000"),  # between cliffs
         ("muon svd", "256", "0.02", "3.0000", "", "-1", "+0.4000"),
     ]
 
 
 def test_the_interpolated_best_is_that_of_a_parabola_on_any_grid(tmp_path):
     def loss(lr):
-        return 3 + 0.2 * math.log(lr / 0.0123) ** 2
+        return 3 + 0.1 * math.log(lr / 0.0123) ** 2
 
     grid = (0.005, 0.01, 0.03)
     make(tmp_path, {("jordan", width): tuple(map(loss, grid)) for width in (64, 128)}, grid)
