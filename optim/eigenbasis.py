@@ -272,7 +272,7 @@ class Eigenbasis:
         turned.turn(self.basis.mT)
         if self.storage == "P":
             turned.conjugate(self.statistic)
-        if refresh.polishes(turn) and torch.finfo(self.basis.dtype).bits < 32:  # float32 is off by 1e-5 after 3000
+        if refresh.polishes(turn) and torch.finfo(self.basis.dtype).bits < 32:  # float32 drifts by 1e-7 a refresh
             self.polish()
         return turned, sound
 

@@ -104,8 +104,9 @@ class Jorge(MatrixOptimizer):
         ridge: part of its mean eigenvalue that is added to G G^T, 0 as published (see jorge_update).
         state_dtype: of the state and of all products that make the direction.
 
-    A gradient that holds a NaN or an infinity, or whose square sum is one, gives no direction, leaves the state as it
-    is and is counted there, as one of the `failures` of the matrix; so is an update of a root that failed.
+    A gradient that holds a NaN or an infinity, or makes a square sum that is one, gives no direction, leaves the state
+    as it is and is counted there, as one of the `failures` of the matrix; so is an update of a root that failed, which
+    begins anew with the gradient at hand.
 
     State of an m x n matrix in elements: m^2 + n^2 + 2 m n, and the count.
     """
@@ -142,7 +143,7 @@ class Jorge(MatrixOptimizer):
     def check_group(self, group: Mapping[str, Any]) -> None:
         super().check_group(group)
         momentum, frequency, eps = group["momentum"], group["precondition_frequency"], group["eps"]
-        require_decay("momentum", momentum)
+        require_decay("momentum", momentum, self._state_dtype)
         whole = isinstance(frequency, int) and frequency >= 1
         require(whole, "precondition_frequency", frequency, "a whole number of at least 1")
         positive = eps is None or (isinstance(eps, Real) and 0 < eps < math.inf)
@@ -160,19 +161,20 @@ class Jorge(MatrixOptimizer):
         }
 
     def direction(self, grads: Tensor, state: dict[str, Tensor], group: Mapping[str, Any]) -> Tensor:
-        sound = torch.linalg.vector_norm(grads, dim=(-2, -1), keepdim=True).square().isfinite()
+        sgd = state["sgd_momentum"].to(grads.dtype)
+        longer = group["momentum"] * sgd + grads
+        sound = torch.linalg.vector_norm(torch.cat([grads, longer], -1), dim=(-2, -1), keepdim=True).square().isfinite()
         state["failures"] += ~sound.flatten()
-        grads = grads.where(sound, 0)
+        grads, sgd = grads.where(sound, 0), longer.where(sound, sgd)
         left, right = state["left_root"], state["right_root"]
         for root, g in ((left, grads), (right, grads.mT)):
             root.copy_(jorge_start(root, g, group["eps"]))
             if group["step"] % group["precondition_frequency"] == 0:
                 new, failed = jorge_update(root, g, group["ridge"])
-                root.copy_(new)
+                root.copy_(new.masked_fill(failed.view(-1, 1, 1), 0))  # to begin anew, at the scale of this gradient
+                root.copy_(jorge_start(root, g, group["eps"]))
                 state["failures"] += failed
         preconditioned = full_product(full_product(left, grads.to(left.dtype)), right).to(grads.dtype)
         momentum = average(state["momentum"], preconditioned, (1 - group["momentum"]) * sound.to(grads.dtype))
-        sgd = state["sgd_momentum"].to(grads.dtype)
-        sgd = torch.where(sound, group["momentum"] * sgd + grads, sgd)
         state["sgd_momentum"].copy_(sgd)
         return graft(momentum, sgd) * sound

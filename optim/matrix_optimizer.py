@@ -43,6 +43,7 @@ def shape_scale(kind: str, m: int, n: int) -> float:
 # (size(0), all the rest), which is how a convolution sees its kernel, and a vector itself: as a column.
 TENSORS = ("refuse", "stack", "flatten")
 
+ROUNDING = 1e-9  # what a scheduler that ends at a limit may miss it by
 STATE_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -62,7 +63,7 @@ def require_decay(option: str, value: Any, dtype: torch.dtype | None = None) -> 
     """
     require(_is_decay(value), option, value, "at least 0 and below 1")
     stalls = dtype == torch.bfloat16 and value >= 0.99
-    require(not stalls, option, value, "below 0.99 for an average in bfloat16, which would stand still; use float32")
+    require(not stalls, option, value, "below 0.99 for averages in bfloat16, which would stand still")
 
 
 def require_betas(betas: Any, dtype: torch.dtype | None = None) -> None:
@@ -158,7 +159,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError on an option out of range; a subclass adds its own options."""
         lr, decay, blocks = group["lr"], group["weight_decay"], group["blocks"]
-        require(isinstance(lr, Real) and 0 <= lr < math.inf, "lr", lr, "a number of at least 0")
+        usable = isinstance(lr, Real) and -ROUNDING <= lr < math.inf
+        require(usable, "lr", lr, "a number of at least 0")
         require(isinstance(decay, Real) and 0 <= decay < math.inf, "weight_decay", decay, "a number of at least 0")
         require(isinstance(blocks, int) and blocks >= 1, "blocks", blocks, "a whole number of at least 1")
         tensors, step = group["tensors"], group["step"]
@@ -332,7 +334,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:  # for copy.deepcopy; torch.optim's leaves out attributes like ours
-        return self.__dict__.copy()
+        state = self.__dict__.copy()
+        state.pop("step", None)  # a scheduler's wrapper, which steps the original
+        return state
 
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's form, with the names of the parameters for their positions where they have names.

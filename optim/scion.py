@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import orthogonalizers
-from .matrix_optimizer import MatrixOptimizer, Spec, require, require_decay
+from .matrix_optimizer import ROUNDING, MatrixOptimizer, Spec, require, require_decay
 from .muon import muon_direction
 from .norms import NORMS
 
@@ -40,6 +40,8 @@ class Scion(MatrixOptimizer):
             all that it reads, and its spectral steps are sqrt(taps) times as long (3 times for 3 x 3).
         orthogonalizer: for the spectral norms, a name from ORTHOGONALIZERS or a callable, as in Muon.
     """
+
+    layout = (*MatrixOptimizer.layout, "taps")
 
     def __init__(
         self,
@@ -81,10 +83,10 @@ class Scion(MatrixOptimizer):
         many = isinstance(radii, Sequence) and len(radii) == group["blocks"]
         lengths = all(isinstance(r, Real) and 0 <= r < math.inf for r in (radii if many else [radii]))
         require(lengths, "radius", radii, "a number of at least 0, or one for each block")
-        require_decay("momentum", momentum)
+        require_decay("momentum", momentum, self._state_dtype)
         require(isinstance(taps, int) and taps >= 1, "taps", taps, "a whole number of at least 1")
         decay = group["lr"] * group["weight_decay"]
-        require(decay <= 1, "lr * weight_decay", decay, "at most 1, beyond which weights change sign")
+        require(decay <= 1 + ROUNDING, "lr * weight_decay", decay, "at most 1, beyond which weights change sign")
 
     def state_spec(self, m: int, n: int, group: Mapping[str, Any]) -> dict[str, Spec]:
         require(n % group["taps"] == 0, "taps", group["taps"], f"the size of the kernel, which divides {n}")

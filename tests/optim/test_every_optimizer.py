@@ -239,6 +239,34 @@ def test_options_edited_in_mid_run_take_effect(make):
 
 
 @every
+@pytest.mark.parametrize("steps", [2, 4, 7])
+def test_a_scheduler_may_end_at_zero_within_its_rounding(make, steps):
+    """torch's LinearLR ends at -6e-20 or so for many a number of steps."""
+    params = parameters(SHAPES)
+    optimizer = make([{"params": params}], lr=3e-3)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 3, 0.0, steps)
+    for step in range(steps + 1):
+        before = clones(params)
+        run(optimizer, params, [step])
+        scheduler.step()
+    assert abs(optimizer.param_groups[0]["lr"]) < 1e-12
+    for p, start in zip(params, before, strict=True):
+        torch.testing.assert_close(p.detach(), start, rtol=0, atol=1e-9)
+
+
+@every
+def test_a_copy_made_beside_a_scheduler_steps_itself(make):
+    params = parameters(SHAPES)
+    optimizer = make([{"params": params}], lr=0.1)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    run(optimizer, params, range(2))
+    copies, copied = copy.deepcopy((params, optimizer))
+    before = clones(params)
+    run(copied, copies, [2])
+    assert equal(params, before) and not any(map(torch.equal, copies, before))
+
+
+@every
 def test_bfloat16_parameters_follow_those_in_float32_within_their_rounding(make):
     params, halves = parameters(SHAPES), parameters(SHAPES, torch.bfloat16)
     for p, half in zip(params, halves, strict=True):
