@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from . import modules
 from .matrix_optimizer import require
@@ -38,13 +39,15 @@ def modular_tree(model: nn.Module, prefix: str = "") -> Module:
     """
     known = next(kind for kind in type(model).__mro__ if kind in _tree.registry)
     if known is not object:
+        if any(is_lazy(p) for p in model.parameters(recurse=False)):
+            raise ValueError(f"{_where(model, prefix)} whose parameters have no shape yet; run it on a batch first")
         if type(model).forward is not known.forward:
             raise _unknown(model, prefix, " with a forward of its own")
+        if "forward" in model.__dict__ or model._forward_hooks or model._forward_pre_hooks or is_parametrized(model):
+            raise _unknown(model, prefix, " with a forward, hooks or parametrizations put on it")
         for problem, holds in OTHER_MAPS.get(known, {}).items():
             if holds(model):
                 raise _unknown(model, prefix, f" {problem}")
-        if any(is_lazy(p) for p in model.parameters(recurse=False)):
-            raise ValueError(f"{_where(model, prefix)} whose parameters have no shape yet; run it on a batch first")
     return _tree(model, prefix)
 
 

@@ -742,3 +742,20 @@ def test_decay_that_would_change_signs_is_refused():
 def test_trees_that_do_not_fit_are_refused(tree, message):
     with pytest.raises(ValueError, match=message):
         ModularDual(nn.Sequential(nn.Linear(2, 3)).named_parameters(), tree)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer, "forward", lambda x: x),
+        lambda layer: layer.register_forward_hook(lambda module, x, y: 9 * y),
+        lambda layer: layer.register_forward_pre_hook(lambda module, x: (9 * x[0],)),
+        lambda layer: nn.utils.parametrizations.spectral_norm(layer),
+    ],
+    ids=["forward", "hook", "pre_hook", "parametrization"],
+)
+def test_a_layer_that_was_changed_in_place_is_refused_by_name(change):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    change(model[0])
+    with pytest.raises(ValueError, match=r"'0'.* with a forward, hooks or parametrizations put on it"):
+        modular_tree(model)
