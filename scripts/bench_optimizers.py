@@ -141,6 +141,8 @@ def main() -> None:
     try:
         points = expand(read_sweep(args.sweep), args.settings)
         configs = list({point.config.wandb.job_type: point.config for point in reversed(points)}.values())[::-1]
+        if (steps := min(config.train.steps for config in configs)) < args.rounds * ROUND:
+            raise ConfigError(f"{args.rounds} rounds are {args.rounds * ROUND} steps, and train.steps is {steps}")
         with runtime.start(configs[0].train) as rt:
             print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
             found = train(configs, args.rounds, rt)

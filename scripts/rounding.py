@@ -108,6 +108,8 @@ def main() -> None:
             raise ConfigError(
                 "S can be taken where it is kept: set optim.soap.storage=S optim.soap.preconditioner_dtype=fp32"
             )
+        if not 1 <= args.steps <= config.train.steps:
+            raise ConfigError(f"--steps must be from 1 to train.steps, which is {config.train.steps}, not {args.steps}")
         with runtime.start(config.train) as rt:
             print(f"{processor()}, torch {torch.__version__}, after {args.steps} steps\n")
             trained = learner(config, rt)

@@ -76,6 +76,7 @@ def test_every_method_is_timed_in_turns(sweep, tiny, monkeypatch, tmp_path, caps
     ("arguments", "reason"),
     [
         (["--rounds", "1"], "the first does not count"),
+        (["train.steps=30", "--rounds", "2"], "2 rounds are 40 steps, and train.steps is 30"),
         (["optim.matrix.lrr=1"], "optim.matrix.lrr"),
         (["data.path=nowhere"], "nowhere"),
     ],

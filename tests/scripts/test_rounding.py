@@ -54,6 +54,8 @@ def test_every_kind_of_matrix_and_side_is_told(tiny, monkeypatch, capsys, optimi
     [
         (["optim.matrix.optimizer=muon"], "trains with muon"),
         (["optim.soap.storage=P"], "set optim.soap.storage=S"),
+        (["train.steps=100", "--steps", "101"], "--steps must be from 1 to train.steps, which is 100, not 101"),
+        (["--steps", "0"], "--steps must be from 1"),
         (["data.path=nowhere"], "nowhere"),
     ],
 )
