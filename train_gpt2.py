@@ -39,7 +39,9 @@ from optim import RoutingError
 from training import guard, mfu, resume, run_directory, runtime
 from training.checkpoints import FOLDER as CHECKPOINTS
 from training.checkpoints import Checkpoint, CheckpointError, Checkpoints, published, step_of, sync_folder
-from training.config import Config, ConfigError, key_help, load_config, settings, to_yaml
+from training.config import Config, ConfigError
+from training.config_files import key_help, load_config, to_yaml
+from training.same_run import settings
 from training.evaluation import Evaluation, evaluate
 from training.finished_run import load_run, model_config, sample_text, save_weights
 from training.gradients import save_gradients

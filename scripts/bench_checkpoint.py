@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from model.gpt2 import GPT2
 from training import runtime
 from training.checkpoints import Checkpoints
-from training.config import CheckpointConfig, Config, ConfigError, load_config
+from training.config import CheckpointConfig, Config, ConfigError
+from training.config_files import load_config
 from training.finished_run import model_config
 from training.guard import require_finite_weights
 from training.optimizers import build_optimizers

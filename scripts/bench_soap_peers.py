@@ -28,7 +28,8 @@ from optim import SOAP
 from scripts.bench_refresh import Seconds, median, seconds
 from train_gpt2 import Text, backward, build_model, open_text
 from training import runtime
-from training.config import Config, ConfigError, load_config
+from training.config import Config, ConfigError
+from training.config_files import load_config
 from training.evaluation import evaluate
 from training.run_directory import processor
 from training.runtime import Runtime

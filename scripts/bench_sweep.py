@@ -24,7 +24,8 @@ import yaml
 
 from scripts import report, sweep, sweep_workers
 from scripts.sweep_points import Point, expand, read_sweep
-from training.config import ConfigError, to_yaml
+from training.config import ConfigError
+from training.config_files import to_yaml
 
 BASE = Path("configs/quickstart.yaml")
 METHODS = ("polar_express", "jordan", "you", "newton_schulz", "svd")

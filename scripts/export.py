@@ -18,7 +18,8 @@ from tabulate import tabulate
 from data.tokenizers import hf_tokenizer_files
 from model.huggingface import save_pretrained
 from training.checkpoints import Checkpoint, CheckpointError, evaluations
-from training.config import Config, ConfigError, to_yaml
+from training.config import Config, ConfigError
+from training.config_files import to_yaml
 from training.finished_run import find, load
 from training.optimizers import conventions
 from training.run_directory import DATA_MANIFEST, read_json

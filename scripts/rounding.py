@@ -24,7 +24,8 @@ from torch import Tensor
 from data.shards import DataError
 from scripts.bench_optimizers import learner
 from training import runtime
-from training.config import ConfigError, load_config
+from training.config import ConfigError
+from training.config_files import load_config
 from training.optimizers import kind_of
 from training.run_directory import processor
 

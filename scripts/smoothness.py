@@ -37,7 +37,8 @@ from scripts.convergence import pyplot
 from scripts.report.figures import PALETTE, STYLE
 from train_gpt2 import backward, build_model, open_text, update
 from training import guard, run_directory, runtime
-from training.config import Config, ConfigError, load_config
+from training.config import Config, ConfigError
+from training.config_files import load_config
 from training.guard import DivergedError
 from training.optimizers import WHOLE_MODEL, build_optimizers, build_scion, kind_of, set_learning_rate
 from training.runtime import Runtime

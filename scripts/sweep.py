@@ -51,7 +51,8 @@ from scripts.sweep_workers import (
     last_line,
     stoppable,
 )
-from training.config import ConfigError, to_yaml
+from training.config import ConfigError
+from training.config_files import to_yaml
 from training.finished_run import model_config
 from training.metrics import duration
 from training.optimizers import build_optimizers

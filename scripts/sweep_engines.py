@@ -13,7 +13,8 @@ import yaml
 
 from scripts.sweep_points import Point, Sweep, as_texts
 from scripts.sweep_workers import Outcome, Workers, find_places, stoppable
-from training.config import ConfigError, load_config
+from training.config import ConfigError
+from training.config_files import load_config
 
 if TYPE_CHECKING:
     import submitit

@@ -30,7 +30,9 @@ from typing import Any
 
 import numpy as np
 
-from training.config import Config, ConfigError, config_reader, fingerprint, flatten, nearest, read_mapping, settings
+from training.config import Config, ConfigError, flatten, nearest
+from training.config_files import config_reader, read_mapping
+from training.same_run import fingerprint, settings
 
 KEYS = ("base", "seeds", "keys", "methods", "axes", "budget_minutes")
 OWN = ("seed", "run_dir")  # set by the sweep itself

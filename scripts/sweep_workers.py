@@ -34,8 +34,10 @@ import torch
 from scripts.sweep_points import Point
 from training.checkpoints import FOLDER as CHECKPOINTS
 from training.checkpoints import published
-from training.config import ConfigError, fingerprint, to_yaml
+from training.config import ConfigError
+from training.config_files import to_yaml
 from training.run_directory import FINISHED, REPOSITORY, changes_since, read_json, settings_of, try_lock
+from training.same_run import fingerprint
 from training.stopping import SIGNALS
 
 GRACE_SECONDS = 40  # between the request to stop and the kill: torchrun itself gives its ranks 30

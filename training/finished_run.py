@@ -13,7 +13,8 @@ from data.tokenizers import Tokenizer, tokenizer
 from model.generate import generate
 from model.gpt2 import GPT2, PRESETS, GPT2Config
 from training.checkpoints import BEST, FOLDER, LATEST, Checkpoint, read, save_tensors, split
-from training.config import Config, ConfigError, ModelConfig, SampleConfig, load_config
+from training.config import Config, ConfigError, ModelConfig, SampleConfig
+from training.config_files import load_config
 from training.run_directory import DATA_MANIFEST, config_of, read_json
 from training.state import weights
 

@@ -16,10 +16,12 @@ import torch
 
 from training import checkpoints, run_directory, runtime
 from training.checkpoints import Checkpoint, CheckpointError
-from training.config import PORTIONS, Config, ConfigError, differences, load_config, settings
+from training.config import Config, ConfigError
+from training.config_files import load_config
 from training.metrics import warn
 from training.run_directory import FINISHED, config_of, parent_of, read_json, settings_of
 from training.runtime import Runtime
+from training.same_run import PORTIONS, differences, settings
 
 AUTO = "auto"
 

@@ -29,8 +29,10 @@ from typing import Any
 
 import torch
 
-from training.config import Config, ConfigError, load_config, read_mapping, settings, to_yaml
+from training.config import Config, ConfigError
+from training.config_files import load_config, read_mapping, to_yaml
 from training.runtime import Runtime, device_name
+from training.same_run import settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROOMS = ("configs", "data", "model", "optim", "scripts", "training")

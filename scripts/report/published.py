@@ -7,9 +7,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from scripts.report.runs import Run
-from training.config import load_config, settings
+from training.config_files import load_config
 from training.optimizers import keys_read
 from training.run_directory import REPOSITORY
+from training.same_run import settings
 
 LARGE_1B = {  # loss by learning rate
     "polar_express": {0.005: 3.3559, 0.01: 3.3630, 0.02: 3.3409, 0.05: 3.4171},

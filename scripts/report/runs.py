@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts.report.wandb_runs import Stored, read_exported, read_offline
-from training.config import ConfigError, read_mapping
+from training.config import ConfigError
+from training.config_files import read_mapping
 from training.optimizers import keys_read
 from training.run_directory import FINISHED, config_of, read_json
 

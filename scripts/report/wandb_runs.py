@@ -13,8 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from training.config import ConfigError, all_keys, flatten, settings
+from training.config import ConfigError, flatten
+from training.config_files import all_keys
 from training.optimizers import keys_read
+from training.same_run import settings
 
 # A .wandb file is a LevelDB log with a header of its own: records in blocks, a record that crosses blocks in parts.
 # The format: LevelDB's doc/log_format.md.

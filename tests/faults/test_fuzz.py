@@ -18,7 +18,8 @@ import train_gpt2
 from data.shards import DataError, TokenStream, load_manifest, read_shard, verify
 from training import checkpoints
 from training.checkpoints import CheckpointError, Checkpoints
-from training.config import CheckpointConfig, ConfigError, all_keys, load_config
+from training.config import CheckpointConfig, ConfigError
+from training.config_files import all_keys, load_config
 from training.runtime import Runtime
 from training.state import gather_state, options
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from scripts import bench_sweep
-from training.config import load_config, to_yaml
+from training.config_files import load_config, to_yaml
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")

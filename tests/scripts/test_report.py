@@ -27,7 +27,8 @@ from scripts.report.points import Point, best_points, curves, held_out, interpol
 from scripts.report.runs import Reading, Run, read_runs, timed
 from scripts.report.tables import markdown
 from scripts.report.verdict import cochran, compare_all, holm, seeds_needed, track3, track3_pair
-from training.config import ConfigError, load_config, to_yaml
+from training.config import ConfigError
+from training.config_files import load_config, to_yaml
 
 pytest.importorskip("matplotlib")
 stats = pytest.importorskip("scipy.stats")

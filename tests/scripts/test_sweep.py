@@ -31,8 +31,10 @@ from scripts import sweep, sweep_engines, sweep_workers
 from scripts.sweep_points import expand, log_spaced, read_sweep
 from scripts.sweep_workers import Workers, attempts, find_places, finished_runs, locked
 from tests.faults.harness import wait_for
-from training.config import ConfigError, fingerprint, load_config, read_mapping, settings, to_yaml
+from training.config import ConfigError
+from training.config_files import load_config, read_mapping, to_yaml
 from training.run_directory import settings_of
+from training.same_run import fingerprint, settings
 
 FAKE = """
 import json, os, pathlib, re, signal, sys, time

@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.config import Config, ConfigError, all_keys, key_help, load_config, settings, to_yaml
+from training.config import Config, ConfigError
+from training.config_files import all_keys, key_help, load_config, to_yaml
+from training.same_run import settings
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 

@@ -11,8 +11,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from model.gpt2 import GPT2, GPT2Config
-from training.config import Config, ConfigError, MatrixConfig, OptimConfig, load_config, settings
+from training.config import Config, ConfigError, MatrixConfig, OptimConfig
+from training.config_files import load_config
 from training.optimizers import BUILDERS, READS, WHOLE_MODEL, build_optimizers, conventions, keys_read, routing_table
+from training.same_run import settings
 
 
 def gpt2():

@@ -9,9 +9,11 @@ import torch
 
 from training import resume, run_directory
 from training.checkpoints import CheckpointError, Checkpoints, split
-from training.config import CheckpointConfig, Config, ConfigError, load_config, settings
+from training.config import CheckpointConfig, Config, ConfigError
+from training.config_files import load_config
 from training.resume import FinishedError, begin, how_to_go_on, resumed_config, take_up
 from training.runtime import Runtime
+from training.same_run import settings
 
 RT = Runtime(torch.device("cpu"), 0, 1, None, False)
 

@@ -9,7 +9,7 @@ import types
 import pytest
 
 from training import tracking
-from training.config import load_config
+from training.config_files import load_config
 from training.tracking import NoTracker, WandbTracker, start_tracker
 
 
