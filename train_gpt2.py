@@ -8,10 +8,10 @@ The story in order: read a configuration, open the tokens, build model and optim
 
 from __future__ import annotations
 
-from training import early_signals
+from training import signals
 
 if __name__ == "__main__":
-    early_signals.tell()  # before the imports below, which take seconds
+    signals.end_in_words()  # before the imports below, which take seconds
 
 import os
 import statistics

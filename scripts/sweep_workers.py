@@ -38,7 +38,7 @@ from training.config import ConfigError
 from training.config_files import to_yaml
 from training.run_directory import FINISHED, REPOSITORY, changes_since, read_json, settings_of, try_lock
 from training.same_run import fingerprint
-from training.stopping import SIGNALS
+from training.signals import SIGNALS, handle
 
 GRACE_SECONDS = 40  # between the request to stop and the kill: torchrun itself gives its ranks 30
 STOPPED = 75  # exit code of a trainer that was asked to stop and saved its run
@@ -305,11 +305,10 @@ def stoppable(numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
     """
 
     def interrupt(number: int, _frame: object) -> None:
-        for other in numbers:
-            signal.signal(other, lambda *_: None)
+        handle(lambda *_: None, numbers)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(STOPPED)
 
-    before = {number: signal.signal(number, interrupt) for number in numbers}
+    before = handle(interrupt, numbers)
     try:
         yield
     finally:

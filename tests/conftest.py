@@ -1,6 +1,7 @@
 """Fixtures shared by the rooms: a small tokenized text, and the overrides of a run that takes a second."""
 
 import lzma
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ settings.register_profile("calm", deadline=None)  # a busy machine is no failure
 settings.load_profile("calm")
 
 CORPUS = Path(__file__).parent.parent / "data" / "corpus" / "sotu.txt.xz"
+
+
+@pytest.fixture(autouse=True)
+def at_a_terminal():
+    """A hangup is not ignored, though these tests may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")

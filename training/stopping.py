@@ -1,17 +1,14 @@
-"""Asked to stop: SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C become a flag that the loop reads between two steps.
-
-Before and after training see training/early_signals.py.
-"""
+"""Asked to stop: within training, signals become a flag that the loop reads between two steps."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from training.runtime import Runtime
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from training.signals import handle
 
 
 class Stopped(Exception):
@@ -41,16 +38,21 @@ def stop_request(rt: Runtime) -> Iterator[StopRequest]:
     """Within the block signals set the flag instead of ending the process.
 
     A second Ctrl-C in a single process stops at once. Under torchrun it cannot be told from the first, which reaches a
-    rank both from the terminal and from torchrun; there, torchrun itself kills what does not end.
+    rank both from the terminal and from torchrun; there, torchrun itself kills what does not end. Whoever presses it at
+    a terminal is told that the step is still taken to its end.
     """
     request = StopRequest(rt)
 
     def ask(number: int, _frame: object) -> None:
         if number == signal.SIGINT and request.asked and rt.world_size == 1:
             raise KeyboardInterrupt
+        if number == signal.SIGINT and not request.asked and rt.is_main:
+            with suppress(OSError):
+                if os.isatty(2):
+                    os.write(2, b"\nstopping after this step\n")
         request.asked = True
 
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    before = handle(ask)
     try:
         yield request
     finally:

@@ -313,7 +313,7 @@ def test_a_run_is_not_taken_up_with_other_tokens(auto, private, tokens, tmp_path
 # Asked to stop
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)

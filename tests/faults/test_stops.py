@@ -2,10 +2,12 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import train_gpt2
 from scripts.kill_test import result
 from training.run_directory import REPOSITORY
 
-from .harness import Trainer, arguments_of, at_step, check_disk, full_disk, kill, wait_for
+from .harness import Trainer, arguments_of, at_step, check_disk, full_disk, kill, together, wait_for
 
 
 def while_it_begins(act) -> None:
@@ -29,13 +31,13 @@ def while_it_begins(act) -> None:
     train_gpt2.build_model = disturbed
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_before_torch_is_imported(number, auto):
-    """Sent as soon as the process catches all three."""
+    """Sent as soon as the process catches all of them."""
     command = [sys.executable, "train_gpt2.py", *auto]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: all(catches(process.pid, number) for number in SIGNALS))
@@ -106,3 +108,59 @@ def test_what_ended_a_run_is_told_and_not_that_its_directory_is_full(auto, tmp_p
 
 def break_the_loss(run) -> None:
     run.parallel.register_forward_hook(lambda _model, _inputs, loss: loss * float("inf"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# At a terminal
+
+
+def start_at_terminal(arguments: list[str]) -> tuple[int, int]:
+    """A trainer at a terminal of its own; returns its pid and our end of the terminal."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(REPOSITORY)
+        os.execv(sys.executable, [sys.executable, "train_gpt2.py", *arguments])
+    return pid, terminal
+
+
+def read_to_the_end(terminal: int) -> str:
+    """What is said at the terminal until nobody is left there."""
+    said = b""
+    with suppress(OSError):  # EIO, the end of a terminal
+        while part := os.read(terminal, 65536):
+            said += part
+    return said.decode()
+
+
+def has_begun(run: Path) -> bool:
+    metrics = run / "metrics.jsonl"
+    return metrics.exists() and b'"train"' in metrics.read_bytes()
+
+
+LONG = ["train.steps=100000", "data.epochs=100000"]
+
+
+def test_ctrl_c_is_answered_at_once(auto, tmp_path):
+    pid, terminal = start_at_terminal([*auto, *LONG])
+    wait_for(lambda: has_begun(tmp_path / "run"))
+    os.write(terminal, b"\x03")
+    said = read_to_the_end(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    assert re.search(r"\nstopping after this step\s", said) and "stopped after step" in said.splitlines()[-1], said
+    check_disk(tmp_path / "run")
+
+
+def test_a_terminal_that_is_closed_saves_the_run(auto, tmp_path):
+    pid, terminal = start_at_terminal([*auto, *LONG])
+    wait_for(lambda: has_begun(tmp_path / "run"))
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
+    check_disk(tmp_path / "run")
+
+
+def test_a_terminal_that_is_closed_means_nothing_under_nohup(auto, tmp_path, reference):
+    hang_up = partial(at_step, 7, partial(kill, signal.SIGHUP))
+    fault = partial(together, partial(signal.signal, signal.SIGHUP, signal.SIG_IGN), hang_up)
+    Trainer(auto, fault).end().check(0)
+    assert result(tmp_path / "run") == reference

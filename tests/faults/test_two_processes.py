@@ -152,8 +152,10 @@ train_gpt2.runtime.leave(train_gpt2.main())
 """
 
 
-def torchrun(script: Path, arguments: list[str], restarts: int = 0, disturb: str = "") -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "scripts.launch", "--standalone", "--nproc_per_node=2"]
+def torchrun(
+    script: Path, arguments: list[str], restarts: int = 0, disturb: str = "", under: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
+    launcher = [*under, sys.executable, "-m", "scripts.launch", "--standalone", "--nproc_per_node=2"]
     return subprocess.run(
         [*launcher, f"--max-restarts={restarts}", script, *arguments],
         cwd=REPOSITORY,
@@ -185,9 +187,11 @@ def test_torchrun_whose_rank_is_killed(restarts, script, auto, tmp_path, referen
     check_disk(tmp_path / "run", completed=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_torchrun_that_is_asked_to_stop_and_the_command_it_prints(number, script, auto, tmp_path, reference_of_two):
-    done = torchrun(script, auto, disturb=number.name)
+@pytest.mark.parametrize(("name", "under"), [("SIGTERM", ()), ("SIGUSR1", ()), ("SIGHUP", ()), ("SIGHUP", ("nohup",))])
+def test_torchrun_that_is_asked_to_stop_and_the_command_it_prints(
+    name, under, script, auto, tmp_path, reference_of_two
+):
+    done = torchrun(script, auto, disturb=name, under=under)
     assert "SIGKILL" not in done.stderr  # what torchrun does to ranks that take longer than 30 s
     *_, line = done.stderr.splitlines()
     assert done.returncode == 75 and line.startswith("stopped after step"), done.stderr

@@ -405,7 +405,12 @@ def is_alive(ledger: Path) -> list[bool]:
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
 @pytest.mark.parametrize(
     ("number", "kind", "code"),
-    [(signal.SIGINT, "hang", 130), (signal.SIGTERM, "deaf", 75), (signal.SIGUSR1, "hang", 75)],
+    [
+        (signal.SIGINT, "hang", 130),
+        (signal.SIGTERM, "deaf", 75),
+        (signal.SIGUSR1, "hang", 75),
+        (signal.SIGHUP, "hang", 75),
+    ],
 )
 def test_a_stopped_sweep_leaves_nothing_running_and_goes_on_later(
     write, tmp_path, fake, act, capfd, monkeypatch, number, kind, code

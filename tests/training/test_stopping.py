@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from training.runtime import Runtime
-from training.stopping import SIGNALS, Stopped, stop_request
+from training.signals import SIGNALS
+from training.stopping import Stopped, stop_request
 
 CPU = torch.device("cpu")
 ALONE = Runtime(CPU, 0, 1, None, False)
@@ -44,6 +45,17 @@ def test_a_signal_is_a_flag_within_the_block_and_what_it_was_after_it(number):
     assert {number: signal.getsignal(number) for number in SIGNALS} == before
 
 
+@pytest.mark.parametrize("under_torchrun", [False, True])
+def test_a_hangup_under_nohup_is_ignored_but_not_by_ranks(under_torchrun, monkeypatch):
+    """torchrun heeds it under nohup too, and kills ranks that do not end."""
+    monkeypatch.setattr(os, "environ", {"TORCHELASTIC_RUN_ID": "none"} if under_torchrun else {})
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_request(ALONE) as request:
+        send(signal.SIGHUP)
+        assert request.asked == under_torchrun
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 def test_handlers_are_put_back_when_the_block_raises():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError, match="in the block"), stop_request(ALONE):
@@ -58,7 +70,7 @@ def test_a_second_ctrl_c_stops_one_process_at_once():
         send(signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_second_of_the_others_changes_nothing(number):
     with stop_request(ALONE) as request:
         send(number)
