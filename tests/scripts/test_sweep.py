@@ -246,7 +246,7 @@ def test_the_sweeps_that_come_along_can_be_read(path):
         "controlled_seeds": 26,
         "steps": 42,
         "gpu_hour": 60,
-        "optimizers": 36,
+        "optimizers": 48,
         "optimizers_seeds": 10,
         "bf16_arms": 56,
         "bf16_arms_seeds": 36,
